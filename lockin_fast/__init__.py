@@ -1,0 +1,1 @@
+"""Fused kernels and thin trainers for latent blocking and lock-in measurement."""
