@@ -1,1 +1,40 @@
-"""Fused kernels and thin trainers for latent blocking and lock-in measurement."""
+"""Fused kernels and thin trainers for latent blocking and lock-in measurement.
+
+Importing the package needs torch alone: every public name is looked up when it is first used, so that transformers,
+peft, triton and matplotlib are loaded only by the parts that need them.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "block_penalty": "lockin_fast.ops.block_penalty",
+    "block_penalty_tap": "lockin_fast.ops.block_penalty_tap",
+    "encode_latents": "lockin_fast.ops.encode_latents",
+    "latent_stats": "lockin_fast.ops.latent_stats",
+    "Penalty": "lockin_fast.ops.block_penalty",
+    "LatentStats": "lockin_fast.ops.latent_stats",
+    "backends": "lockin_fast.dispatch",
+    "load_sae": "lockin_fast.sae",
+    "SparseAutoencoder": "lockin_fast.sae",
+    "LatentSet": "lockin_fast.blocking",
+    "BlockPenalty": "lockin_fast.blocking",
+    "BlockTrainer": "lockin_fast.blocking",
+    "LatentBlockMixin": "lockin_fast.blocking",
+    "attach": "lockin_fast.blocking",
+}
+
+__all__ = [*_EXPORTS, "__version__"]
+
+
+def __getattr__(name):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *_EXPORTS})

@@ -1,0 +1,154 @@
+"""The one-sided, base-anchored penalty on K latents of latent blocking."""
+
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from lockin_fast.dispatch import define
+from lockin_fast.ops import _checks
+from lockin_fast.ops.encode_latents import inactive, preactivation
+from lockin_fast.ops.encode_latents import reference as encode_reference
+from lockin_fast.ops.latent_backward import latent_backward
+
+SCHEMA = (
+    "(Tensor h, Tensor weight, Tensor bias, Tensor sign, Tensor? z_ref, Tensor? h_ref, Tensor? mask, "
+    "Tensor? threshold, Tensor? margin, bool mean) -> (Tensor, Tensor, Tensor)"
+)
+
+
+class Penalty(NamedTuple):
+    """What `block_penalty` returns; three scalars on h's device, read without a host synchronisation."""
+
+    total: torch.Tensor  # fp32: the sum over the masked tokens, differentiable in h
+    tokens: torch.Tensor  # int64: how many tokens that sum runs over
+    active: torch.Tensor  # int64: how many (token, latent) pairs exceeded their margin
+
+
+def reference(h, weight, bias, sign, z_ref, h_ref, mask, threshold, margin, mean):
+    """Plain torch, fp32: per-token penalty [T], its derivative to the pre-activations [T, K], active pairs.
+
+    Masked tokens are selected away, not multiplied, so that a NaN under the mask does not leak.
+    """
+    pre = preactivation(h, weight, bias)
+    off = inactive(pre, threshold)
+    if z_ref is None:
+        z_ref = encode_reference(h_ref, weight, bias, threshold)
+    excess = sign * (pre.masked_fill_(off, 0.0) - z_ref)  # [T, K]
+    excess = (excess if margin is None else excess - margin).relu_()
+    share = 1.0 / max(weight.shape[0], 1) if mean else 1.0
+    per_token = excess.square().sum(1) * share
+    coefficient = (excess * sign).masked_fill_(off, 0.0).mul_(2.0 * share)
+    positive = excess > 0
+    if mask is not None:
+        per_token = torch.where(mask, per_token, 0.0)
+        coefficient = coefficient.masked_fill_(~mask[:, None], 0.0)
+        positive &= mask[:, None]
+    return per_token, coefficient, positive.sum()
+
+
+def _fake(h, weight, bias, sign, z_ref, h_ref, mask, threshold, margin, mean):
+    work = torch.promote_types(h.dtype, torch.float32)
+    tokens, count = h.shape[0], weight.shape[0]
+    coefficient = h.new_empty((tokens, count), dtype=work)
+    return h.new_empty((tokens,), dtype=work), coefficient, h.new_empty((), dtype=torch.int64)
+
+
+define("block_penalty", SCHEMA, reference, _fake)
+op = torch.ops.lockin_fast.block_penalty.default
+
+
+class PerTokenPenalty(torch.autograd.Function):
+    """(per_token [T], active): the op with its gradient to h, right for any upstream gradient of per_token."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        per_token, coefficient, active = op(*args)
+        ctx.save_for_backward(coefficient, args[1])
+        ctx.mark_non_differentiable(active)
+        return per_token, active
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale, _):
+        return latent_backward(ctx.saved_tensors[0], scale, ctx.saved_tensors[1]), *[None] * 9
+
+
+def op_arguments(h, weight, bias, sign, z_ref, h_ref, mask, threshold, margin, latent_reduction):
+    """Check the arguments of `block_penalty` and bring them into the form of the op: flat tokens, one dtype, one device."""
+    count = _checks.rows(weight, bias)
+    tokens = _checks.hidden("h", h, weight.shape[1])
+    for name, value in (("sign", sign), ("threshold", threshold), ("margin", margin)):
+        _checks.per_latent(name, value, count)
+    if (z_ref is None) == (h_ref is None):
+        given = "neither" if z_ref is None else "both"
+        raise ValueError(f"z_ref, h_ref: got {given}, expected exactly one; pass the reference's latents or its hidden state")
+    if latent_reduction not in ("sum", "mean"):
+        raise ValueError(f"latent_reduction: got {latent_reduction!r}, expected 'sum' or 'mean'")
+    leading = h.shape[:-1]
+    if z_ref is not None:
+        if z_ref.shape != (*leading, count):
+            raise ValueError(f"z_ref: got shape {tuple(z_ref.shape)}, expected {(*leading, count)}, one value per token and latent")
+        z_ref = _checks.fp32(z_ref).reshape(-1, count).contiguous()
+    else:
+        if h_ref.shape != h.shape or h_ref.dtype != h.dtype:
+            raise ValueError(
+                f"h_ref: got {h_ref.dtype} {tuple(h_ref.shape)}, expected {h.dtype} {tuple(h.shape)} as h; "
+                "run the reference on the same batch in the same dtype"
+            )
+        h_ref = _checks.hidden("h_ref", h_ref, weight.shape[1])
+    mask = _checks.token_mask(mask, leading)
+    _checks.same_device(
+        h, weight=weight, bias=bias, sign=sign, z_ref=z_ref, h_ref=h_ref, mask=mask, threshold=threshold, margin=margin
+    )
+    fp32 = _checks.fp32
+    per_latent = fp32(bias), fp32(sign), z_ref, h_ref, mask, fp32(threshold), fp32(margin)
+    return tokens, _checks.rows_like(weight, h), *per_latent, latent_reduction == "mean"
+
+
+def count_tokens(tokens, mask):
+    """How many tokens the penalty runs over, as an int64 scalar on the device."""
+    return mask.sum() if mask is not None else tokens.new_full((), tokens.shape[0], dtype=torch.int64)
+
+
+def block_penalty(
+    h, weight, bias, sign, *, z_ref=None, h_ref=None, mask=None, threshold=None, margin=None, latent_reduction="sum"
+):
+    """One-sided penalty on K latents against a frozen reference: the latent-blocking loss, before lambda.
+
+        z       = relu(h W^T + b) * (h W^T + b > threshold)
+        excess  = relu(sign * (z - z_ref) - margin)
+        total   = sum over masked tokens of the sum (or mean) over latents of excess^2
+
+    Arguments
+        h: hidden states [..., d], float32, float16 or bfloat16, e.g. the output of one decoder layer.
+        weight, bias: encoder rows [K, d] and [K] in normal form; cast to h's dtype and float32. Frozen.
+        sign: [K], +1 to keep a latent from rising above the reference, -1 from falling below it.
+        z_ref: the reference's latents [..., K]; or
+        h_ref: the reference's hidden state, shape and dtype of h, encoded in the same pass with the same arithmetic, so
+            that h_ref equal to h gives exactly 0.0. Exactly one of the two; both are constants to the gradient.
+        mask: bool [...], True for tokens that count (the supervised ones). None counts all.
+        threshold: JumpReLU thresholds [K]; None is a plain ReLU.
+        margin: [K], how far a latent may move for free, e.g. the noise floor of a cached reference.
+        latent_reduction: "sum" or "mean" over the K latents; they differ by a factor K in what lambda means.
+
+    Returns `Penalty(total, tokens, active)`: float32 and two int64 scalars on h's device. Divide `total` by the
+    trainer's own normaliser; `tokens` is the count under the mask. Differentiable in `h` alone, once.
+
+    Numerics: operands in h's dtype, products accumulated in float32, everything after in float32. NaN and Inf in a
+    counted token reach `total`; in a masked token they do not.
+
+    Raises TypeError or ValueError, before any work, for a wrong dtype, shape, device or reference, and when `weight` or
+    `bias` requires grad.
+
+    Costs 2 T d K FLOPs (twice that with h_ref) and one read of h; never [T, F]. Keeps [T, K] float32 for the backward,
+    which skips tokens where nothing is active.
+
+    Definition: BLOCK-EM, arXiv 2602.00767.
+    """
+    args = op_arguments(h, weight, bias, sign, z_ref, h_ref, mask, threshold, margin, latent_reduction)
+    if h.requires_grad and torch.is_grad_enabled():
+        per_token, active = PerTokenPenalty.apply(*args)
+    else:
+        per_token, _, active = op(*args)
+    return Penalty(per_token.sum(), count_tokens(args[0], args[6]), active)

@@ -1,0 +1,50 @@
+"""The penalty as an identity node on the hidden state, which adds its gradient to the one on the way back."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from lockin_fast.ops.block_penalty import Penalty, count_tokens, op, op_arguments
+from lockin_fast.ops.latent_backward import latent_backward
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, *args):
+        per_token, coefficient, active = op(*args)
+        ctx.set_materialize_grads(False)
+        ctx.shape = h.shape
+        ctx.save_for_backward(coefficient, args[1])
+        ctx.mark_non_differentiable(active)
+        return h.view_as(h), per_token.sum(), active
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, scale, _):
+        nothing = [None] * 10
+        if scale is None:
+            return grad, *nothing
+        coefficient, weight = ctx.saved_tensors
+        scale = scale.expand(coefficient.shape[0])
+        if grad is None:
+            return latent_backward(coefficient, scale, weight).view(ctx.shape), *nothing
+        flat = grad.reshape(-1, weight.shape[1])
+        return latent_backward(coefficient, scale, weight, flat).view(grad.shape), *nothing
+
+
+def block_penalty_tap(
+    h, weight, bias, sign, *, z_ref=None, h_ref=None, mask=None, threshold=None, margin=None, latent_reduction="sum"
+):
+    """`block_penalty` as a tap: returns (h, Penalty), h unchanged, to be used in place of h from here on.
+
+    Formula, arguments and errors are those of `block_penalty`. The difference is in the backward: the penalty's
+    gradient is added, in float32 and rounded once, to the gradient that arrives for the returned h, instead of being
+    built as a second [..., d] tensor that autograd then adds. Use it where the penalty can be computed inside the
+    forward pass; the returned h must be the one that the later layers read.
+    """
+    args = op_arguments(h, weight, bias, sign, z_ref, h_ref, mask, threshold, margin, latent_reduction)
+    if h.requires_grad and torch.is_grad_enabled():
+        out, total, active = _Tap.apply(h, args[0].detach(), *args[1:])
+    else:
+        per_token, _, active = op(*args)
+        out, total = h, per_token.sum()
+    return out, Penalty(total, count_tokens(args[0], args[6]), active)

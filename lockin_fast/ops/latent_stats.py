@@ -1,0 +1,171 @@
+"""Per-latent sums over tokens for a whole SAE, of one stream or of the difference of two, without ever holding [T, F].
+
+On the CPU stock torch is the kernel: at these widths the matrix product is nearly all of the time, and torch's is as
+fast as any, so the op only decides the tiles and what is accumulated.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from lockin_fast.dispatch import define
+from lockin_fast.ops import _checks
+from lockin_fast.ops.encode_latents import inactive
+
+SCHEMA = (
+    "(Tensor h, Tensor weight, Tensor bias, Tensor? h_ref, Tensor? threshold, Tensor? mask) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+# A tile's operands and products, in elements: 2**21 of each operand in fp32 is 8 MB, 2**18 products in fp64 are 2 MB.
+OPERAND_ELEMENTS = 2**21
+PRODUCT_ELEMENTS = 2**18
+
+
+@dataclass(frozen=True)
+class LatentStats:
+    """Sums over tokens, per latent. Stats of different batches merge by `+` (and `sum(...)`).
+
+    With a reference stream, `sum` and `sum_squares` are of z - z_ref, and `count` and `count_ref` are how many tokens
+    each stream was active on; without one `count_ref` is empty.
+    """
+
+    sum: torch.Tensor  # [F] fp64
+    sum_squares: torch.Tensor  # [F] fp64
+    count: torch.Tensor  # [F] int64
+    count_ref: torch.Tensor  # [F] int64, or [0]
+    tokens: torch.Tensor  # int64 scalar
+
+    @property
+    def mean(self):
+        """Mean over tokens, [F] fp64; NaN when there were none."""
+        return self.sum / self.tokens
+
+    @property
+    def var(self):
+        """Population variance over tokens, [F] fp64; NaN when there were none."""
+        return (self.sum_squares / self.tokens - self.mean.square()).clamp_min(0.0)
+
+    @property
+    def rate(self):
+        """Fraction of tokens on which the latent is active, [F] fp64; NaN when there were none."""
+        return self.count.double() / self.tokens
+
+    def __add__(self, other):
+        if not isinstance(other, LatentStats):
+            return NotImplemented
+        if self.sum.shape != other.sum.shape or self.count_ref.shape != other.count_ref.shape:
+            raise ValueError(
+                f"LatentStats: cannot merge {self._kind()} with {other._kind()}; merge stats of one SAE and one kind"
+            )
+        return LatentStats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __radd__(self, other):
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def _kind(self):
+        return f"{self.sum.shape[0]} latents of {'a difference' if self.count_ref.shape[0] else 'one stream'}"
+
+
+def tile_shape(tokens, width, latents):
+    """Tokens and latents of a tile, so that operands and products stay within their budgets."""
+    side = max(OPERAND_ELEMENTS // max(width, 1), 1)
+    tile_tokens = max(min(tokens, side, 1024), 1)
+    return tile_tokens, max(min(latents, side, PRODUCT_ELEMENTS // tile_tokens), 1)
+
+
+def reference(h, weight, bias, h_ref, threshold, mask):
+    """Plain torch over tiles of tokens and latents, every buffer reused; sums in fp64."""
+    latents, width = weight.shape
+    work = torch.promote_types(h.dtype, torch.float32)
+    chosen = None
+    if mask is not None and h.device.type == "cpu":  # elsewhere the number of tokens would have to be waited for
+        chosen = mask.nonzero().squeeze(1)
+    tokens = h.shape[0] if chosen is None else chosen.shape[0]
+    rows, columns = tile_shape(tokens, width, latents)
+    streams = [h] if h_ref is None else [h, h_ref]
+    sums, squares = (torch.zeros(latents, dtype=torch.float64, device=h.device) for _ in range(2))
+    counts = [torch.zeros(latents, dtype=torch.int64, device=h.device) for _ in streams]
+    products = [torch.empty(rows * columns, dtype=work, device=h.device) for _ in streams]
+    wide = torch.empty(rows * columns, dtype=torch.float64, device=h.device)
+
+    for t0 in range(0, tokens, rows):
+        block = slice(t0, min(t0 + rows, tokens))
+        tiles = [(x[block] if chosen is None else x.index_select(0, chosen[block])).to(work) for x in streams]
+        dropped = None if mask is None or chosen is not None else ~mask[block, None]
+        for k0 in range(0, latents, columns):
+            part = slice(k0, min(k0 + columns, latents))
+            shape = tiles[0].shape[0], part.stop - part.start
+            w, b = weight[part].to(work).t(), bias[part].to(work)
+            floor = None if threshold is None else threshold[part]
+            z = [_encode(x, w, b, floor, dropped, out, shape) for x, out in zip(tiles, products)]
+            for count, activation in zip(counts, z):
+                count[part] += (activation > 0).sum(0)
+            value = wide[: shape[0] * shape[1]].view(shape)
+            value.copy_(z[0] if h_ref is None else z[0].sub_(z[1]))
+            sums[part] += value.sum(0)
+            squares[part] += value.square_().sum(0)
+
+    total = mask.sum() if mask is not None else torch.full((), tokens, dtype=torch.int64, device=h.device)
+    return sums, squares, counts[0], counts[1] if h_ref is not None else counts[0].new_zeros(0), total
+
+
+def _encode(x, weight, bias, threshold, dropped, buffer, shape):
+    """Latents of one tile [tokens, latents] in `buffer`; dropped tokens are set to zero, whatever they hold."""
+    pre = buffer[: shape[0] * shape[1]].view(shape)
+    with torch.autocast(x.device.type, enabled=False):
+        torch.addmm(bias, x, weight, out=pre)
+    z = pre.relu_() if threshold is None else pre.masked_fill_(inactive(pre, threshold), 0.0)
+    return z if dropped is None else z.masked_fill_(dropped, 0.0)
+
+
+def _fake(h, weight, bias, h_ref, threshold, mask):
+    latents = weight.shape[0]
+    sums = [h.new_empty((latents,), dtype=torch.float64) for _ in range(2)]
+    counts = [h.new_empty((n,), dtype=torch.int64) for n in (latents, 0 if h_ref is None else latents)]
+    return *sums, *counts, h.new_empty((), dtype=torch.int64)
+
+
+define("latent_stats", SCHEMA, reference, _fake)
+_op = torch.ops.lockin_fast.latent_stats.default
+
+
+@torch.no_grad()
+def latent_stats(h, weight, bias, *, h_ref=None, threshold=None, mask=None):
+    """Sum, sum of squares and active count of every latent over the tokens, [F] each; never [T, F].
+
+        z       = relu(h W^T + b) * (h W^T + b > threshold)
+        value   = z, or z - z_ref with z_ref the same of h_ref
+        sum     = sum over masked tokens of value;   sum_squares likewise of value^2
+        count   = tokens with z > 0;                 count_ref = tokens with z_ref > 0
+
+    Arguments
+        h: hidden states [..., d], float32, float16 or bfloat16.
+        weight, bias: encoder rows [F, d] and [F] in normal form; cast to h's dtype and float32.
+        h_ref: a second stream of the same tokens, shape and dtype of h.
+        threshold: JumpReLU thresholds [F]; None is a plain ReLU.
+        mask: bool [...], True for tokens that count. None counts all.
+
+    Returns `LatentStats`, which merges across batches by `+` and gives `.mean`, `.var` and `.rate`. Sums are float64.
+    No gradient. NaN and Inf in a counted token reach the sums; in a masked token they do not.
+
+    Raises TypeError or ValueError, before any work, for a wrong dtype, shape or device.
+
+    Costs 2 T d F FLOPs per stream; on the CPU masked tokens cost nothing, and the scratch memory is a tile's, below
+    64 MB whatever T and F.
+
+    Stage 1 of latent discovery in BLOCK-EM, arXiv 2602.00767, ranks latents by `.mean` of the difference.
+    """
+    latents = _checks.rows(weight, bias)
+    tokens = _checks.hidden("h", h, weight.shape[1])
+    if h_ref is not None:
+        if h_ref.shape != h.shape or h_ref.dtype != h.dtype:
+            raise ValueError(
+                f"h_ref: got {h_ref.dtype} {tuple(h_ref.shape)}, expected {h.dtype} {tuple(h.shape)} as h; "
+                "run both models on the same batch in the same dtype"
+            )
+        h_ref = _checks.hidden("h_ref", h_ref, weight.shape[1])
+    _checks.per_latent("threshold", threshold, latents)
+    mask = _checks.token_mask(mask, h.shape[:-1])
+    _checks.same_device(h, weight=weight, bias=bias, h_ref=h_ref, threshold=threshold, mask=mask)
+    rows = _checks.rows_like(weight, h)
+    return LatentStats(*_op(tokens, rows, _checks.fp32(bias), h_ref, _checks.fp32(threshold), mask))
