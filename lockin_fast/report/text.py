@@ -1,0 +1,74 @@
+"""A sweep in words: its headline and the cells of its table, for the terminal and the HTML report alike."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+Summary = Mapping[str, Any]
+HEADINGS = ("latents", "lambda", "misaligned", "change", "in-domain", "incoherent", "penalty", "s/step")
+
+
+class TableRow(NamedTuple):
+    """One setting: its texts, one for each of HEADINGS, the numbers they sort by, and whether it is the best one."""
+
+    cells: tuple[str, ...]
+    keys: tuple[float | str, ...]
+    best: bool
+
+
+def headline(summary: Summary) -> str:
+    """One sentence: how much misalignment the best setting removes, and what it costs."""
+    unblocked, best = summary["baseline"], summary["best"]
+    if unblocked["em"] == 0:
+        return "Fine-tuning without blocking made nothing misaligned here, so there is nothing to prevent."
+    rates = f"unblocked fine-tuning answers {percent(unblocked['em'])} of the final prompts in a misaligned way"
+    if not best:
+        return (f"No setting kept in-domain and incoherence within 2 points of the baseline; {rates}. "
+                "Try other lambdas or latents.")
+    return (f"Blocking {best['latent_count']} {best['latents']} latents at lambda {best['lambda']:,g} "
+            f"{'cuts' if best['em'] < unblocked['em'] else 'moves'} emergent misalignment from {percent(unblocked['em'])} "
+            f"to {percent(best['em'])} ({signed_percent(-best['em_reduction'])}), with in-domain going from "
+            f"{percent(unblocked['in_domain'])} to {percent(best['in_domain'])} and incoherence from "
+            f"{percent(unblocked['incoherence'])} to {percent(best['incoherence'])}"
+            f"{_over_seeds(len(best['seeds']))}.")
+
+
+def table(summary: Summary) -> list[TableRow]:
+    """The base model, the unblocked baseline, then every setting in the order it was run; means over seeds."""
+    best = summary["best"]
+    rows = [_row(summary["base"], "base model"), _row(summary["baseline"], "no blocking")]
+    return rows + [_row(row, row["latents"], best=bool(best) and _setting(row) == _setting(best))
+                   for row in summary["means"]]
+
+
+def percent(value: float | None, spread: float | None = None) -> str:
+    """0.123 as 12.3%, with ± the spread when there is one."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f}%" if spread is None else f"{100 * value:.1f} ± {100 * spread:.1f}%"
+
+
+def signed_percent(value: float) -> str:
+    """-0.987 as −98.7%, with a real minus sign."""
+    return f"{100 * value:+.1f}%".replace("-", "−")
+
+
+def _row(row: Mapping[str, Any], name: str, *, best: bool = False) -> TableRow:
+    change, penalty, seconds = row.get("em_reduction"), row["penalty"], row["seconds_per_step"]
+    cells = (
+        f"{name} ({row['latent_count']})" if row["latents"] else name,
+        "–" if row["lambda"] is None else f"{row['lambda']:,g}",
+        *(percent(row["em"], row.get("em_std")), "–" if change is None else signed_percent(-change)),
+        *(percent(row[key], row.get(f"{key}_std")) for key in ("in_domain", "incoherence")),
+        *("–" if value is None else f"{value:.3g}" for value in (penalty, seconds)),
+    )
+    numbers = (row["lambda"], row["em"], None if change is None else -change, row["in_domain"], row["incoherence"],
+               penalty, seconds)
+    return TableRow(cells, (cells[0], *(float("-inf") if n is None else n for n in numbers)), best)
+
+
+def _setting(row: Mapping[str, Any]) -> tuple:
+    return row["latents"], row["lambda"]
+
+
+def _over_seeds(count: int) -> str:
+    return f" (means over {count} seeds)" if count > 1 else ""
