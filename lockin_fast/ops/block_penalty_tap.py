@@ -3,32 +3,32 @@
 import torch
 from torch.autograd.function import once_differentiable
 
+from lockin_fast.ops._unshared import holders_are_seen, unshared
 from lockin_fast.ops.block_penalty import Penalty, count_tokens, op, op_arguments
-from lockin_fast.ops.latent_backward import latent_backward
+from lockin_fast.ops.latent_backward import latent_backward, latent_backward_
 
 
 class _Tap(torch.autograd.Function):
+    """h -> (h, total, active); an in-place backward where the gradient that arrives is provably nobody else's."""
+
     @staticmethod
     def forward(ctx, h, *args):
         per_token, coefficient, active = op(*args)
-        ctx.set_materialize_grads(False)
-        ctx.shape = h.shape
         ctx.save_for_backward(coefficient, args[1])
         ctx.mark_non_differentiable(active)
+        ctx.may_write = not torch.compiler.is_compiling() and holders_are_seen()
         return h.view_as(h), per_token.sum(), active
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, scale, _):
-        nothing = [None] * 10
-        if scale is None:
-            return grad, *nothing
+    def backward(ctx, grad, scale, control):
         coefficient, weight = ctx.saved_tensors
         scale = scale.expand(coefficient.shape[0])
-        if grad is None:
-            return latent_backward(coefficient, scale, weight).view(ctx.shape), *nothing
+        if ctx.may_write and unshared(grad, control):
+            latent_backward_(grad.view(-1, weight.shape[1]), coefficient, scale, weight)
+            return grad, *[None] * 10
         flat = grad.reshape(-1, weight.shape[1])
-        return latent_backward(coefficient, scale, weight, flat).view(grad.shape), *nothing
+        return latent_backward(coefficient, scale, weight, flat).view(grad.shape), *[None] * 10
 
 
 def block_penalty_tap(
@@ -38,7 +38,8 @@ def block_penalty_tap(
 
     Formula, arguments and errors are those of `block_penalty`. The difference is in the backward: the penalty's
     gradient is added, in float32 and rounded once, to the gradient that arrives for the returned h, instead of being
-    built as a second [..., d] tensor that autograd then adds. Use it where the penalty can be computed inside the
+    built as a second [..., d] tensor that autograd then adds: in place where that gradient is provably nobody else's (in
+    eager mode it nearly always is), into a fresh tensor otherwise. Use it where the penalty can be computed inside the
     forward pass; the returned h must be the one that the later layers read.
     """
     args = op_arguments(h, weight, bias, sign, z_ref, h_ref, mask, threshold, margin, latent_reduction)
