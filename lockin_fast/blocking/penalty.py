@@ -1,0 +1,132 @@
+"""The block penalty of one latent set on one decoder layer."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lockin_fast.blocking.latents import LatentSet
+from lockin_fast.blocking.layers import decoder_layer, hidden_size, unwrap
+from lockin_fast.blocking.reference import check_live_reference
+from lockin_fast.ops.block_penalty import Penalty, block_penalty
+
+
+class Rows(NamedTuple):
+    """The encoder rows of the blocked latents, as the op takes them."""
+
+    weight: Tensor  # [K, d] in the hidden state's dtype
+    bias: Tensor  # [K] fp32
+    sign: Tensor  # [K] fp32
+    threshold: Tensor | None  # [K] fp32
+    margin: Tensor | None  # [K] fp32
+
+
+class BlockPenalty:
+    """lambda * L_block, L_block = sum over tokens of sum_k relu(s_k (z_k - zref_k) - margin_k)^2 over a token count.
+
+    z_k = relu(h w_k + b_k) at the output of decoder layer `layer` (0-based), zref the same on the reference model for
+    the same batch, s_k = +1 for latents that may not rise and -1 for latents that may not fall. The count is the
+    trainer's own normaliser (see `LatentBlockMixin`), so that `weight` means the same however a batch is split.
+
+    sae: a SparseAutoencoder of this model and layer; only the K rows are kept, cast once for every dtype and device.
+    latents: a LatentSet. weight: lambda, 0 or more; 0 measures the penalty and trains without it.
+    reference: "live", the same model with its adapters off, or a frozen second model.
+    tokens: "supervised", those whose own label is not -100 (the assistant's, as in the paper), or "all", every token
+    that is not padding; the divisor stays the count of supervised tokens, which alone is exact under accumulation.
+    latent_reduction: "sum" or "mean" over the K latents, a factor K in lambda.
+    gate: "relu" as the paper has it, or "sae", the SAE's own threshold (JumpReLU, gated, fitted BatchTopK).
+    margin: growth that costs nothing, in latent units, a number or one a latent.
+
+    Raises ValueError or TypeError, naming the argument, before anything is computed.
+    Cost a step of T tokens: 4 T K d FLOP forward (current and reference hidden state), 2 T K d backward on active
+    tokens, 4 T K bytes of coefficients. Source: BLOCK-EM, arXiv 2602.00767.
+    """
+
+    def __init__(
+        self, sae, latents: LatentSet, layer: int, weight: float, *,
+        reference="live", tokens="supervised", latent_reduction="sum", gate="relu", margin=None,
+    ):  # fmt: skip
+        _one_of("tokens", tokens, ("supervised", "all"))
+        _one_of("latent_reduction", latent_reduction, ("sum", "mean"))
+        _one_of("gate", gate, ("relu", "sae"))
+        if not isinstance(latents, LatentSet):
+            raise TypeError(f"latents: got {type(latents).__name__}, expected a LatentSet")
+        if reference != "live" and not isinstance(reference, nn.Module):
+            raise ValueError(f'reference: got {reference!r}, expected "live" or a frozen second model')
+        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+            raise ValueError(f"layer: got {layer!r}, expected the 0-based index of a decoder layer")
+        if latents.layer is not None and latents.layer != layer:
+            raise ValueError(f"layer: got {layer}, but the latents were chosen at layer {latents.layer}")
+        if not 0.0 <= float(weight) < float("inf"):
+            raise ValueError(f"weight: got {weight!r}, expected a finite lambda of 0 or more")
+        self.latents, self.layer, self.weight = latents, layer, float(weight)
+        self.reference, self.tokens, self.latent_reduction, self.gate = reference, tokens, latent_reduction, gate
+        self._master, self._normalize = _chosen_rows(sae, latents, gate, margin)
+        self._cast: dict[tuple[torch.dtype, torch.device], Rows] = {}
+
+    def rows(self, dtype: torch.dtype, device: torch.device) -> Rows:
+        """The K rows in this dtype on this device."""
+        key = (dtype, torch.device(device))
+        if key not in self._cast:
+            weight, *rest = self._master
+            self._cast[key] = Rows(weight.to(device, dtype), *(None if x is None else x.to(device) for x in rest))
+        return self._cast[key]
+
+    def __call__(
+        self, h: Tensor, *, h_ref: Tensor | None = None, z_ref: Tensor | None = None, mask: Tensor | None = None
+    ) -> Penalty:
+        """Penalty(total, tokens, active) of hidden states h [..., d] against h_ref [..., d] or z_ref [..., K].
+
+        mask [...] bool picks the tokens. `total` is the fp32 sum over them, without lambda, differentiable in h.
+        """
+        rows = self.rows(h.dtype, h.device)
+        h = self._normalize(h)
+        if h_ref is not None:
+            h_ref = self._normalize(h_ref.to(h.device, h.dtype))
+        # The op accumulates in fp32 by itself; an autocast region of the caller must not lower that.
+        with torch.autocast(h.device.type, enabled=False):
+            return block_penalty(
+                h, rows.weight, rows.bias, rows.sign, z_ref=z_ref, h_ref=h_ref, mask=mask,
+                threshold=rows.threshold, margin=rows.margin, latent_reduction=self.latent_reduction,
+            )  # fmt: skip
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise ValueError unless this penalty fits the model: layer, width, and adapters for a live reference."""
+        decoder_layer(model, self.layer)
+        width = self._master.weight.shape[1]
+        if hidden_size(model) != width:
+            raise ValueError(f"sae: reads hidden states of width {width}, the model's are {hidden_size(model)} wide")
+        if self.reference == "live":
+            check_live_reference(unwrap(model))
+        else:
+            decoder_layer(self.reference, self.layer)
+            if hidden_size(self.reference) != width:
+                raise ValueError(
+                    f"reference: its hidden states are {hidden_size(self.reference)} wide, the SAE reads {width}"
+                )
+
+
+def _one_of(name: str, value, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
+
+
+def _chosen_rows(sae, latents: LatentSet, gate: str, margin) -> tuple[Rows, Callable[[Tensor], Tensor]]:
+    """Rows of the SAE for the latents in its dtype, and its norm of a token. Raises for what cannot be penalised."""
+    if not len(latents):
+        raise ValueError("latents: got an empty set, expected at least one latent")
+    largest = int(latents.indices.max())
+    if largest >= sae.width:
+        raise ValueError(f"latents: index {largest} is out of range; the SAE has latents 0 to {sae.width - 1}")
+    if gate == "sae" and sae.activation == "topk":
+        raise ValueError(
+            f"gate: 'sae' with a top-k SAE needs all {sae.width} pre-activations of a token; use gate='relu'"
+        )
+    rows = sae.rows(latents.indices)
+    threshold = rows.threshold if gate == "sae" else None
+    if margin is not None:
+        margin = torch.as_tensor(margin, dtype=torch.float32).expand(len(latents)).contiguous()
+        if not (margin.isfinite().all() and (margin >= 0).all()):
+            raise ValueError(f"margin: got {margin.tolist()}, expected finite numbers of 0 or more")
+    return Rows(rows.weight.detach(), rows.bias.detach(), latents.signs, threshold, margin), rows.normalize

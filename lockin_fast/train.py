@@ -1,0 +1,252 @@
+"""Fine-tuning one LoRA adapter on chat data, with or without the block penalty."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lockin_fast.blocking.penalty import BlockPenalty
+from lockin_fast.chat import ChatDataset, PaddingCollator
+from lockin_fast.lora import LoraSettings, borrowed_with_lora, check_lora, save_adapter
+
+_SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """An AdamW fine-tune. Either `steps` optimiser steps, or `epochs` passes where steps is None.
+
+    batch_size: rows of one optimiser step and process; micro_batch_size: rows of one forward (None: all at once), which
+    changes memory and speed but not the result. bf16: autocast, with weights as they are. logging_steps: optimiser
+    steps averaged in one row of the history.
+    """
+
+    steps: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 64
+    micro_batch_size: int | None = None
+    learning_rate: float = 7.5e-5
+    schedule: str = "linear"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_length: int = 1024
+    seed: int = 0
+    bf16: bool = False
+    logging_steps: int = 10
+
+    def __post_init__(self):
+        def require(name, valid, expected):
+            if not valid:
+                raise ValueError(f"train.{name}: got {getattr(self, name)!r}, expected {expected}")
+
+        require("steps", self.steps is None or self.steps >= 1, "1 or more, or none to count epochs")
+        for name in ("epochs", "learning_rate"):
+            require(name, getattr(self, name) > 0, "more than 0")
+        for name in ("batch_size", "max_length", "logging_steps"):
+            require(name, getattr(self, name) >= 1, "1 or more")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed"):
+            require(name, getattr(self, name) >= 0, "0 or more")
+        require("schedule", self.schedule in _SCHEDULES, f"one of {', '.join(_SCHEDULES)}")
+        micro = self.micro_batch_size
+        divides = micro is None or (micro >= 1 and self.batch_size % micro == 0)
+        require("micro_batch_size", divides, f"a divisor of batch_size={self.batch_size}")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """One finished fine-tune.
+
+    history: a row per logging step (step, loss, sft_loss, block_penalty, active_fraction, lambda, learning_rate,
+    grad_norm), each the mean since the row before; sft_loss, penalty (without lambda) and active_fraction are those of
+    the last row, None for the latter two without a penalty. seconds_per_step: wall clock, without the first step.
+    peak_bytes: of the GPU allocator during this run, or the process' resident peak so far on a CPU.
+    """
+
+    adapter_path: Path
+    history: list[dict]
+    seconds_per_step: float
+    sft_loss: float
+    penalty: float | None
+    active_fraction: float | None
+    peak_bytes: int
+
+
+DEFAULT_LORA = LoraSettings()
+DEFAULT_SETTINGS = TrainSettings()
+
+
+def fine_tune(
+    model: nn.Module, tokenizer, dataset, output: str | os.PathLike, *,
+    lora: LoraSettings = DEFAULT_LORA, settings: TrainSettings = DEFAULT_SETTINGS,
+    penalty: BlockPenalty | None = None, progress: Callable[[int, int], None] | None = None,
+) -> TrainResult:  # fmt: skip
+    """Train a LoRA adapter on `model` and write it to the folder `output` as an ordinary PEFT adapter.
+
+    model: a causal language model without adapters. It is trained where it lies (CPU or GPU) and handed back as it
+    was, bit for bit, also when training fails, so that one loaded model serves many runs.
+    dataset: a path of chat JSONL, rows of one, or a ChatDataset (tokenise once, train often).
+    output: must not exist; it appears whole, with metrics.jsonl, when training has succeeded, and not at all otherwise.
+    penalty: what to block; None trains plainly. progress(step, total) is called after every optimiser step.
+
+    The same seed on the same machine gives the same bytes. Raises before training: FileExistsError for an existing
+    output; ValueError for modules or layers the model does not have, a model that has adapters already, or a penalty
+    that does not fit; OSError where the adapter would not fit on the disk. Needs the `train` extra.
+    """
+    try:
+        import peft  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ImportError("fine_tune needs transformers and peft: pip install 'lockin-fast[train]'") from error
+    output = Path(output)
+    check_lora(model, lora)
+    if penalty is not None and lora.layers is not None and min(lora.layers) > penalty.layer:
+        raise ValueError(
+            f"lora.layers: the lowest is {min(lora.layers)}, above the penalised layer {penalty.layer}, so the penalty "
+            "could change nothing"
+        )
+    if not isinstance(dataset, ChatDataset):
+        dataset = ChatDataset(dataset, tokenizer, max_length=settings.max_length)
+    if os.path.lexists(output):
+        raise FileExistsError(f"output: {output} exists; choose another folder, or remove it first")
+    with _replacing_folder(output) as partial, borrowed_with_lora(model, lora, settings.seed) as peft_model:
+        _check_space(partial, peft_model)
+        watch = _watch(progress)
+        trainer = _trainer(peft_model, tokenizer, dataset, partial, settings, penalty, watch)
+        if model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(model.device)
+        trainer.train()
+        peak = _peak_bytes(model.device)
+        history = [row for row in trainer.state.log_history if "loss" in row]
+        save_adapter(peft_model, partial)
+        with open(partial / "metrics.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in history)
+    last = history[-1]
+    return TrainResult(
+        adapter_path=output,
+        history=history,
+        seconds_per_step=watch.seconds_per_step(),
+        sft_loss=last["sft_loss"],
+        penalty=last.get("block_penalty"),
+        active_fraction=last.get("active_fraction"),
+        peak_bytes=peak,
+    )
+
+
+@contextmanager
+def _replacing_folder(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that becomes `output` when the context ends well, and is removed when it does not."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    try:
+        yield partial
+        os.chmod(partial, 0o777 & ~_umask())  # mkdtemp keeps its folders private
+        os.replace(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _check_space(folder: Path, peft_model: nn.Module) -> None:
+    needed = sum(p.numel() * p.element_size() for p in peft_model.parameters() if p.requires_grad) + 2**20
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"output: {folder.parent} has {free / 1e6:.1f} MB free, the adapter needs {needed / 1e6:.1f} MB",
+        )
+
+
+def _trainer(peft_model, tokenizer, dataset, folder, settings, penalty, watch):
+    """A BlockTrainer that prints nothing, reports nowhere, writes nothing, and reads the loss once a logging step."""
+    from transformers import TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
+
+    from lockin_fast.blocking.trainer import BlockTrainer
+
+    micro = settings.micro_batch_size or settings.batch_size
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=peft_model.device.type == "cpu",
+        max_steps=settings.steps or -1,
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=settings.batch_size // micro,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        bf16=settings.bf16,
+        logging_steps=settings.logging_steps,
+        logging_nan_inf_filter=False,  # it reads the loss back every step, and hides what the meter reports
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=peft_model.device.type == "cuda",
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: never DataParallel
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    trainer = BlockTrainer(
+        model=peft_model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=PaddingCollator(pad if pad is not None else 0),
+        callbacks=[watch],
+        penalty=penalty,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _watch(progress):
+    """A trainer callback that times the steps, reports them, and closes the history with the last one."""
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):
+        def __init__(self):
+            self.times = [time.perf_counter()]
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.times = [time.perf_counter()]
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.times.append(time.perf_counter())
+            if progress is not None:
+                progress(state.global_step, state.max_steps)
+            if state.global_step >= state.max_steps:
+                control.should_log = True
+
+        def seconds_per_step(self) -> float:
+            start, *steps = self.times
+            if len(steps) > 1:
+                return (steps[-1] - steps[0]) / (len(steps) - 1)
+            return steps[0] - start
+
+    return Watch()
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
