@@ -1,0 +1,19 @@
+// The entry points every instruction-set unit defines, each in its own namespace.
+#pragma once
+
+#include "kernels.h"
+
+#define LOCKIN_FAST_DECLARE_UNIT(unit)                                                                           \
+  namespace unit {                                                                                               \
+  void encode_latents(const EncodeArgs&, int64_t begin, int64_t end);                                            \
+  int64_t block_penalty(const BlockPenaltyArgs&, int64_t begin, int64_t end, float* scratch);                    \
+  void widen(Dtype, const void* from, float* to, int64_t n);                                                     \
+  void latent_backward(const LatentBackwardArgs&, int64_t begin, int64_t end, float* values, int32_t* indices);  \
+  }
+
+namespace lockin_fast {
+LOCKIN_FAST_DECLARE_UNIT(baseline)
+LOCKIN_FAST_DECLARE_UNIT(avx2)
+LOCKIN_FAST_DECLARE_UNIT(avx512)
+LOCKIN_FAST_DECLARE_UNIT(avx512bf16)
+}  // namespace lockin_fast

@@ -1,0 +1,162 @@
+// One float vector type per instruction set, with loads and stores that convert from and to bf16 and fp16.
+//
+// Included by kernel sources only; everything sits in an anonymous namespace so that no unit can lend another its code.
+// LOCKIN_FAST_LEVEL is 0 baseline, 2 AVX2+FMA+F16C, 3 AVX-512, 4 AVX-512 with BF16.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../common/half.h"
+
+#if LOCKIN_FAST_LEVEL >= 2
+#include <immintrin.h>
+#endif
+
+namespace lockin_fast {
+namespace {
+
+#define LOCKIN_FAST_LOCAL inline __attribute__((always_inline))
+
+#if LOCKIN_FAST_LEVEL >= 3
+
+struct Vec {
+  static constexpr int width = 16;
+  __m512 v;
+};
+
+LOCKIN_FAST_LOCAL Vec zeros() { return {_mm512_setzero_ps()}; }
+LOCKIN_FAST_LOCAL Vec splat(float x) { return {_mm512_set1_ps(x)}; }
+LOCKIN_FAST_LOCAL Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+LOCKIN_FAST_LOCAL float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+LOCKIN_FAST_LOCAL Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+LOCKIN_FAST_LOCAL Vec load(const f16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+LOCKIN_FAST_LOCAL Vec load(const bf16* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+LOCKIN_FAST_LOCAL void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+LOCKIN_FAST_LOCAL void store(f16* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+LOCKIN_FAST_LOCAL void store(bf16* p, Vec a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  const __m512i kept = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+}
+
+#elif LOCKIN_FAST_LEVEL == 2
+
+struct Vec {
+  static constexpr int width = 8;
+  __m256 v;
+};
+
+LOCKIN_FAST_LOCAL Vec zeros() { return {_mm256_setzero_ps()}; }
+LOCKIN_FAST_LOCAL Vec splat(float x) { return {_mm256_set1_ps(x)}; }
+LOCKIN_FAST_LOCAL Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+LOCKIN_FAST_LOCAL float sum(Vec a) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+LOCKIN_FAST_LOCAL Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+LOCKIN_FAST_LOCAL Vec load(const f16* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+LOCKIN_FAST_LOCAL Vec load(const bf16* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+}
+LOCKIN_FAST_LOCAL void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+LOCKIN_FAST_LOCAL void store(f16* p, Vec a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+LOCKIN_FAST_LOCAL void store(bf16* p, Vec a) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(even, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  const __m256i kept = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(kept, kept), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+
+#else
+
+struct Vec {
+  static constexpr int width = 4;
+  typedef float Native __attribute__((vector_size(16)));
+  Native v;
+};
+
+LOCKIN_FAST_LOCAL Vec zeros() { return {Vec::Native{0.0f, 0.0f, 0.0f, 0.0f}}; }
+LOCKIN_FAST_LOCAL Vec splat(float x) { return {Vec::Native{x, x, x, x}}; }
+LOCKIN_FAST_LOCAL Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+LOCKIN_FAST_LOCAL float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+template <class T>
+LOCKIN_FAST_LOCAL Vec load(const T* p) {
+  return {Vec::Native{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}};
+}
+template <class T>
+LOCKIN_FAST_LOCAL void store(T* p, Vec a) {
+  for (int i = 0; i < Vec::width; ++i) from_float(a.v[i], p + i);
+}
+
+#endif
+
+// The first n < width elements; the rest reads as zero.
+template <class T>
+LOCKIN_FAST_LOCAL Vec load_first(const T* p, int64_t n) {
+  T padded[Vec::width] = {};
+  memcpy(padded, p, static_cast<size_t>(n) * sizeof(T));
+  return load(padded);
+}
+
+template <class T>
+LOCKIN_FAST_LOCAL void store_first(T* p, Vec a, int64_t n) {
+  T padded[Vec::width];
+  store(padded, a);
+  memcpy(p, padded, static_cast<size_t>(n) * sizeof(T));
+}
+
+// What one multiply-accumulate of a dot product consumes: `step` elements of each operand.
+template <class T>
+struct DotOperand {
+  static constexpr int step = Vec::width;
+  Vec v;
+  static LOCKIN_FAST_LOCAL DotOperand read(const T* p) { return {load(p)}; }
+  static LOCKIN_FAST_LOCAL DotOperand read_first(const T* p, int64_t n) { return {load_first(p, n)}; }
+};
+
+template <class T>
+LOCKIN_FAST_LOCAL Vec multiply_add(DotOperand<T> a, DotOperand<T> b, Vec c) {
+  return fma(a.v, b.v, c);
+}
+
+#if LOCKIN_FAST_LEVEL == 4
+// vdpbf16ps multiplies 32 bf16 pairs and accumulates neighbours into 16 fp32 lanes.
+template <>
+struct DotOperand<bf16> {
+  static constexpr int step = 32;
+  __m512bh v;
+  static LOCKIN_FAST_LOCAL DotOperand read(const bf16* p) { return {reinterpret_cast<__m512bh>(_mm512_loadu_si512(p))}; }
+  static LOCKIN_FAST_LOCAL DotOperand read_first(const bf16* p, int64_t n) {
+    const __mmask32 mask = (1u << n) - 1u;
+    return {reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(mask, p))};
+  }
+};
+
+LOCKIN_FAST_LOCAL Vec multiply_add(DotOperand<bf16> a, DotOperand<bf16> b, Vec c) {
+  return {_mm512_dpbf16_ps(c.v, a.v, b.v)};
+}
+#endif
+
+}  // namespace
+}  // namespace lockin_fast

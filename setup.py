@@ -1,0 +1,76 @@
+"""Builds the compiled part with CMake and Ninja; everything else about the package is in pyproject.toml.
+
+LOCKIN_FAST_NO_BUILD=1 skips the compiled part. Without a C++ compiler the installation still succeeds: the reference
+kernels, in plain torch, then serve every op.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+COMPILERS = ("c++", "g++", "clang++")
+
+
+def missing_tool():
+    """The reason why nothing can be compiled here, or None."""
+    if sys.platform not in ("linux", "darwin"):
+        return f"the platform {sys.platform} is not supported by the build"
+    if not os.environ.get("CXX") and not any(map(shutil.which, COMPILERS)):
+        return f"no C++ compiler was found (looked for $CXX, {', '.join(COMPILERS)})"
+    for module in ("torch", "pybind11", "cmake", "ninja"):
+        if importlib.util.find_spec(module) is None and shutil.which(module) is None:
+            return f"{module} is not installed in the environment that builds (see --no-build-isolation)"
+    return None
+
+
+def announce(reason):
+    line = "!" * 100
+    message = [line, f"lockin_fast: NOTHING WAS COMPILED: {reason}.",
+               "The package works, but the slow reference kernels (plain torch) will serve every op.", line]
+    print("\n".join(message), file=sys.stderr, flush=True)
+
+
+class CMakeBuild(build_ext):
+    """Hands both libraries to one CMake build and installs them beside the Python files."""
+
+    def run(self):
+        reason = missing_tool()
+        if reason:
+            announce(reason)
+            return
+        target = ROOT if self.inplace else Path(self.build_lib).resolve()
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        torch = Path(importlib.util.find_spec("torch").origin).parent
+        cmake = shutil.which("cmake") or "cmake"
+        subprocess.run(
+            [
+                cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+                f"-DCMAKE_INSTALL_PREFIX={target}",
+                f"-DPython3_EXECUTABLE={sys.executable}",
+                f"-DPYTHON_EXECUTABLE={sys.executable}",
+                f"-DLOCKIN_FAST_TORCH_DIR={torch}",
+                f"-DLOCKIN_FAST_TORCH_VERSION={importlib.metadata.version('torch')}",
+                f"-DLOCKIN_FAST_VERSION={self.distribution.get_version()}",
+            ],
+            check=True,
+        )  # fmt: skip
+        subprocess.run([cmake, "--build", str(build)], check=True)
+        subprocess.run([cmake, "--install", str(build)], check=True)
+
+    def get_outputs(self):
+        built = Path(self.build_lib) / "lockin_fast"
+        return [str(path) for path in built.rglob("*.so")]
+
+
+extensions = [] if os.environ.get("LOCKIN_FAST_NO_BUILD") == "1" else [Extension("lockin_fast._native", sources=[])]
+if not extensions:
+    announce("LOCKIN_FAST_NO_BUILD=1 is set")
+setup(ext_modules=extensions, cmdclass={"build_ext": CMakeBuild})
