@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from lockin_fast.kernels import Refused
+
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 CPU_PART = Path(__file__).parent / "_build" / "liblockin_fast_cpu.so"
 CPU_OPS = ("block_penalty", "encode_latents", "latent_backward", "latent_backward_")
@@ -70,11 +72,6 @@ def define(name, schema, reference, fake):
     _library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lockin_fast::{name}", fake, lib=_library)
     _references[name] = reference
-
-
-def count_fallback(op, device, reason):
-    """Record that a call of `op` was answered by the reference, and why."""
-    _fallbacks[op, device, reason] += 1
 
 
 def activate():
@@ -151,16 +148,19 @@ def _register_triton(device, why):
 
 def _triton_kernel(op, device):
     """The kernel registered for `op`: imports triton at the first call, and hands on what it cannot take."""
-    module = None
+    launch = None
 
     def kernel(*args):
-        nonlocal module
-        if module is None:
-            module = import_module(f"lockin_fast.kernels.triton.{op.rstrip('_')}")
-        reason = module.refusal(*args)
-        if reason is not None:
-            count_fallback(op, device, reason)
+        nonlocal launch
+        if launch is None:
+            launch = getattr(import_module(f"lockin_fast.kernels.triton.{op.rstrip('_')}"), op)
+        try:
+            if device == "cpu":
+                return launch(*args)
+            with torch.cuda.device(args[0].device):
+                return launch(*args)
+        except Refused as reason:
+            _fallbacks[op, device, str(reason)] += 1
             return _references[op](*args)
-        return getattr(module, op)(*args)
 
     return kernel

@@ -97,8 +97,8 @@ def reference(h, weight, bias, h_ref, threshold, mask):
             shape = tiles[0].shape[0], part.stop - part.start
             w, b = weight[part].to(work).t(), bias[part].to(work)
             floor = None if threshold is None else threshold[part]
-            z = [_encode(x, w, b, floor, dropped, out, shape) for x, out in zip(tiles, products)]
-            for count, activation in zip(counts, z):
+            z = [_encode(x, w, b, floor, dropped, out, shape) for x, out in zip(tiles, products, strict=True)]
+            for count, activation in zip(counts, z, strict=True):
                 count[part] += (activation > 0).sum(0)
             value = wide[: shape[0] * shape[1]].view(shape)
             value.copy_(z[0] if h_ref is None else z[0].sub_(z[1]))
