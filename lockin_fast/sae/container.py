@@ -162,11 +162,14 @@ class SparseAutoencoder:
 
         Raises ValueError when a weight does not fit the new dtype.
         """
+        cast = {}
+        for name in ("weight", "decoder", "decoder_bias"):
+            cast[name] = getattr(self, name).to(device=device, dtype=dtype)
+            if not is_finite(cast[name]):
+                raise ValueError(f"{name} overflows {dtype}; use torch.bfloat16 or torch.float32")
         return replace(
             self,
-            weight=self.weight.to(device=device, dtype=dtype),
-            decoder=self.decoder.to(device=device, dtype=dtype),
-            decoder_bias=self.decoder_bias.to(device=device, dtype=dtype),
+            **cast,
             bias=self.bias.to(device=device),
             threshold=None if self.threshold is None else self.threshold.to(device=device),
         )

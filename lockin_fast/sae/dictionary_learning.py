@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from lockin_fast.sae.container import SparseAutoencoder
-from lockin_fast.sae.normal_form import StoredWeights, row_norms, to_normal_form
-from lockin_fast.sae.options import ReadOptions, read_json, refuse_input_scale
+from lockin_fast.sae.normal_form import StoredWeights, to_normal_form, use_unit_decoder
+from lockin_fast.sae.options import ReadOptions, check_k, read_json, refuse_input_scale
 from lockin_fast.sae.tensor_file import TensorFile
 
 WEIGHTS = "ae.pt"
@@ -161,7 +161,7 @@ def _fold_decoder_norm(stored: StoredWeights, layout: Layout, options: ReadOptio
     if folded and layout.activation == "topk":
         raise ValueError(f"{path}: fold_decoder_norm=True would change which latents the top-k selects")
     if folded:
-        stored.latent_scale = row_norms(stored.decoder)
+        use_unit_decoder(stored)
     return folded
 
 
@@ -184,9 +184,7 @@ def _k(trainer: dict, file: TensorFile, prefix: str, width: int) -> int:
     if in_file is not None and in_config is not None and in_file != in_config:
         raise ValueError(f"{file.path}: k is {in_file:g} here but {in_config} in {trainer['config']}")
     k = in_config if in_file is None else in_file
-    if not isinstance(k, (int, float)) or isinstance(k, bool) or k != int(k) or not 1 <= k <= width:
-        raise ValueError(f"{file.path}: k must be an integer from 1 to {width}, got {k!r}")
-    return int(k)
+    return check_k(k, width, file.path)
 
 
 def _metadata(trainer: dict) -> dict:

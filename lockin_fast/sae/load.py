@@ -12,13 +12,15 @@ from lockin_fast.sae.dictionary_learning import read_dictionary_learning
 from lockin_fast.sae.goodfire import read_goodfire
 from lockin_fast.sae.options import ReadOptions
 from lockin_fast.sae.saelens import CONFIG, WEIGHTS, read_saelens
+from lockin_fast.sae.tensor_file import TensorFile
 
 READERS = {
     "saelens": read_saelens,
     "dictionary_learning": read_dictionary_learning,
     "goodfire": read_goodfire,
 }
-EXPECTED = f"saelens ({CONFIG} + {WEIGHTS}), dictionary_learning (ae.pt + config.json), goodfire (*.pth)"
+PICKLES = (".pt", ".pth")
+EXPECTED = f"saelens ({CONFIG} + {WEIGHTS}), dictionary_learning (ae.pt + config.json), goodfire (one .pth or .pt)"
 
 
 def load_sae(
@@ -60,14 +62,20 @@ def load_sae(
 
 
 def detect_format(path: Path) -> str:
-    """The format a path holds, by the names of its files. Raises ValueError that lists what was found."""
+    """The format a path holds, by its files' names, for a pickle by its tensors' names.
+
+    Raises ValueError that lists what was found.
+    """
+    if path.is_file() and path.suffix in PICKLES:
+        return _pickle_format(path)
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
+    pickles = [name for name in names if Path(name).suffix in PICKLES]
     found = []
-    if names & ({WEIGHTS} if path.is_dir() else {WEIGHTS, CONFIG}):
+    if WEIGHTS in names or (path.is_file() and path.name == CONFIG):
         found.append("saelens")
-    if "ae.pt" in names or (path.is_file() and path.suffix == ".pt"):
+    if "ae.pt" in names:
         found.append("dictionary_learning")
-    if any(name.endswith(".pth") for name in names):
+    elif len(pickles) == 1 and _pickle_format(path / pickles[0]) == "goodfire":
         found.append("goodfire")
     if len(found) == 1:
         return found[0]
@@ -75,3 +83,7 @@ def detect_format(path: Path) -> str:
         raise ValueError(f"{path}: holds more than one SAE ({', '.join(found)}); choose with format=")
     listing = ", ".join(sorted(names)[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
     raise ValueError(f"{path}: no SAE recognised; found {listing}; expected {EXPECTED}")
+
+
+def _pickle_format(path: Path) -> str:
+    return "goodfire" if "encoder_linear.weight" in TensorFile(path) else "dictionary_learning"

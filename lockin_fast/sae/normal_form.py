@@ -15,8 +15,8 @@ BLOCK_ELEMENTS = 4 << 20
 class StoredWeights:
     """K latents as a checkpoint stores them. The library they come from computes, for one token x [d],
 
-        pre = row_scale * ((input_scale * x - input_bias) weight^T) + bias
-        z   = latent_scale * relu(pre) * (pre > threshold)
+        pre = latent_scale * (row_scale * ((input_scale * x - input_bias) weight^T) + bias)
+        z   = relu(pre) * (pre > threshold)
         x'  = ((z / latent_scale) decoder + decoder_bias) / input_scale
 
     ``weight`` and ``decoder`` are ``[K, d]`` and are overwritten by :func:`to_normal_form`; ``bias``, ``row_scale``,
@@ -37,8 +37,9 @@ class StoredWeights:
 def to_normal_form(stored: StoredWeights, **fields) -> SparseAutoencoder:
     """Fold biases and scales into the rows; ``fields`` are the remaining fields of the SAE.
 
-    weight <- s n r W, bias <- n (b - r W a), threshold <- n threshold, decoder <- D / (s n), decoder_bias <- c / s, in
-    fp64, rounded once: s, a, r, n are the input scale, input bias, row scale and latent scale.
+    weight <- s n r W, bias <- n (b - r W a), decoder <- D / (s n), decoder_bias <- c / s, in fp64, rounded once:
+    s, a, r, n are the input scale, input bias, row scale and latent scale. Raises ValueError, naming the file, when
+    the result does not fit the stored dtype.
     """
     count = stored.weight.shape[0]
     row_scale = torch.ones(count, dtype=torch.float64) if stored.row_scale is None else stored.row_scale.double()
@@ -48,20 +49,28 @@ def to_normal_form(stored: StoredWeights, **fields) -> SparseAutoencoder:
     bias = stored.bias.double()
     if stored.input_bias is not None:
         bias = bias - row_scale * project(stored.weight, stored.input_bias)
-    threshold = None if stored.threshold is None else (latent_scale * stored.threshold.double()).float()
     # A latent with a dead decoder row has scale 0: it never fires, and its decoder row stays 0 instead of 0/0.
     decoder_scale = torch.where(latent_scale > 0, 1 / (stored.input_scale * latent_scale), 1.0)
     scale_rows_(stored.weight, stored.input_scale * latent_scale * row_scale)
     scale_rows_(stored.decoder, decoder_scale)
-    decoder_bias = (stored.decoder_bias.double() / stored.input_scale).to(stored.weight.dtype)
-    return SparseAutoencoder(
-        weight=stored.weight,
-        bias=(latent_scale * bias).float(),
-        decoder=stored.decoder.to(stored.weight.dtype),
-        decoder_bias=decoder_bias,
-        threshold=threshold,
-        **fields,
-    )
+    try:
+        return SparseAutoencoder(
+            weight=stored.weight,
+            bias=(latent_scale * bias).float(),
+            decoder=stored.decoder.to(stored.weight.dtype),
+            decoder_bias=(stored.decoder_bias.double() / stored.input_scale).to(stored.weight.dtype),
+            threshold=None if stored.threshold is None else stored.threshold.float(),
+            **fields,
+        )
+    except ValueError as error:
+        raise ValueError(f"{fields['metadata']['path']}: with biases and scales folded in, {error}") from error
+
+
+def use_unit_decoder(stored: StoredWeights) -> None:
+    """Measure z in units of unit decoder rows: latent_scale is the norm of the stored row."""
+    stored.latent_scale = row_norms(stored.decoder)
+    if stored.threshold is not None:
+        stored.threshold = stored.threshold.double() * stored.latent_scale
 
 
 def row_norms(rows: Tensor) -> Tensor:

@@ -36,6 +36,14 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def check_k(k, width: int, path: Path) -> int:
+    """k of a top-k as an integer from 1 to ``width``; some files store it as a float."""
+    whole = isinstance(k, int) and not isinstance(k, bool) or isinstance(k, float) and k.is_integer()
+    if not whole or not 1 <= k <= width:
+        raise ValueError(f"{path}: k must be an integer from 1 to {width}, got {k!r}")
+    return int(k)
+
+
 def refuse_input_scale(options: ReadOptions, path: Path, reason: str) -> None:
     if options.input_scale is not None:
         raise ValueError(f"{path}: input_scale={options.input_scale} does not apply: {reason}")

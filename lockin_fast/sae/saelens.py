@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from lockin_fast.sae.container import NORMALIZATIONS, SparseAutoencoder
-from lockin_fast.sae.normal_form import StoredWeights, row_norms, to_normal_form
-from lockin_fast.sae.options import ReadOptions, read_json, refuse_input_scale
+from lockin_fast.sae.normal_form import StoredWeights, to_normal_form, use_unit_decoder
+from lockin_fast.sae.options import ReadOptions, check_k, read_json, refuse_input_scale
 from lockin_fast.sae.tensor_file import TensorFile
 
 CONFIG = "cfg.json"
@@ -64,14 +64,13 @@ def read_saelens(path: Path, options: ReadOptions) -> SparseAutoencoder:
         refuse_input_scale(options, config_path, f"normalize_activations is {config['normalize_activations']!r}")
     folded = _fold_decoder_norm(stored, config, options, config_path)
     if architecture == "batchtopk":
-        # Stored in the units in which the library compares: after rescaling by the decoder norm, where there is one.
-        level = torch.full_like(stored.bias, file.number("topk_threshold"), dtype=torch.float64)
-        stored.threshold = level / stored.latent_scale if config["rescale_acts_by_decoder_norm"] else level
-    _fold_finetuning_scale(stored, file, width, index)
+        # Set after the fold: the library compares after rescaling by the decoder norm, where there is one.
+        stored.threshold = torch.full_like(stored.bias, file.number("topk_threshold"), dtype=torch.float64)
+    _fold_finetuning_scale(stored, file, width, index, config)
     return to_normal_form(
         stored,
         activation=ACTIVATION_OF[architecture],
-        k=_k(config, width, config_path) if architecture in ("topk", "batchtopk") else None,
+        k=check_k(config.get("k"), width, config_path) if architecture in ("topk", "batchtopk") else None,
         latents=index,
         width=width,
         normalization=config["normalize_activations"] if config["normalize_activations"] in NORMALIZATIONS else "none",
@@ -85,7 +84,7 @@ def _modernised(config: dict, path: Path) -> dict:
     config = {renamed.get(key, key): value for key, value in config.items()}
     activation = config.get("activation_fn") or "relu"
     arguments = config.get("activation_fn_kwargs") or {}
-    if activation == "topk":
+    if activation == "topk" and isinstance(arguments, dict):
         config |= {"architecture": "topk", "k": arguments.get("k", config.get("k"))}
     elif activation != "relu":
         raise ValueError(f"{path}: activation_fn {activation!r} is not supported; expected 'relu' or 'topk'")
@@ -95,7 +94,7 @@ def _modernised(config: dict, path: Path) -> dict:
     defaults = {"architecture": "standard", "apply_b_dec_to_input": True, "rescale_acts_by_decoder_norm": False}
     config = defaults | config
 
-    if config["architecture"] not in ACTIVATION_OF:
+    if not isinstance(config["architecture"], str) or config["architecture"] not in ACTIVATION_OF:
         raise ValueError(
             f"{path}: architecture {config['architecture']!r} is not supported; expected {', '.join(ACTIVATION_OF)}"
         )
@@ -137,22 +136,23 @@ def _fold_decoder_norm(stored: StoredWeights, config: dict, options: ReadOptions
             f"(rescale_acts_by_decoder_norm is {rescaled})"
         )
     if folded:
-        stored.latent_scale = row_norms(stored.decoder)
+        use_unit_decoder(stored)
     return folded
 
 
-def _fold_finetuning_scale(stored: StoredWeights, file: TensorFile, width: int, index: Tensor | None) -> None:
+def _fold_finetuning_scale(
+    stored: StoredWeights, file: TensorFile, width: int, index: Tensor | None, config: dict
+) -> None:
     """Versions before 6 could store a per-latent factor that multiplies z in the decoder only."""
-    if "scaling_factor" in file:
-        factor = file.vector("scaling_factor", width, index)
+    if "scaling_factor" not in file:
+        return
+    factor = file.vector("scaling_factor", width, index)
+    if bool((factor != 1).any()):
+        if not config.get("finetuning_scaling_factor"):
+            raise ValueError(
+                f"{file.path}: scaling_factor is stored, but finetuning_scaling_factor is not set in {CONFIG}"
+            )
         stored.decoder = (stored.decoder.double() * factor.double()[:, None]).to(stored.decoder.dtype)
-
-
-def _k(config: dict, width: int, path: Path) -> int:
-    k = config.get("k")
-    if not isinstance(k, (int, float)) or isinstance(k, bool) or k != int(k) or not 1 <= k <= width:
-        raise ValueError(f"{path}: k must be an integer from 1 to {width}, got {k!r}")
-    return int(k)
 
 
 def _metadata(config: dict) -> dict:
