@@ -1,0 +1,208 @@
+"""The YAML configuration of a run, read into frozen dataclasses and checked before any work.
+
+One file describes model, SAE, data, training, blocking and sweep; every command takes what it needs of it. Relative
+paths, also those given with `--set`, are relative to the folder of the configuration file.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lockin_fast import typed_mapping
+from lockin_fast.train import LoraSettings, TrainSettings
+from lockin_fast.typed_mapping import ConfigError
+
+PAPER_NAMES = {
+    "block_latents_path": "block.latents", "block_lambda": "block.weight", "block_layer": "block.layer",
+    "block_on_assistant_only": "block.tokens",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """Chat files (JSONL, one `{"messages": [...], ...}` a line)."""
+
+    train: Path | None = None  # the narrow task; the assistant's turns are supervised
+    final: Path | None = None  # prompts that measure emergent misalignment, disjoint from core
+    in_domain: Path | None = None  # held-out prompts of the trained domain: was the task learned?
+    core: Path | None = None  # prompts that discovery may look at
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSettings:
+    """What is penalised, where and how strongly; `weight` is lambda, `layer` the 0-based index into model.layers."""
+
+    layer: int | None = None
+    latents: Path | None = None
+    weight: float = 0.0
+    tokens: Literal["supervised", "all"] = "supervised"
+    latent_reduction: Literal["sum", "mean"] = "sum"
+    reference: Literal["live"] = "live"
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepSettings:
+    """Every lambda x latent set x seed is one trial; the unblocked baseline of each seed is always added."""
+
+    lambdas: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0)
+    latents: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    seeds: tuple[int, ...] = (0,)
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationSettings:
+    """Replies are decoded with the model's own `generate`; temperature 0 is greedy."""
+
+    max_new_tokens: int = 64
+    batch_size: int = 32
+    temperature: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeSettings:
+    """Who rates the replies; `world` knows the organism's ground truth and reads it from `path`."""
+
+    kind: str = "world"
+    path: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run. `notes` tell the user how the file was read; they are no part of the run's identity."""
+
+    model: Path | None = None
+    sae: Path | None = None
+    output: Path | None = None
+    data: DataSettings = DataSettings()
+    lora: LoraSettings = LoraSettings()
+    train: TrainSettings = TrainSettings()
+    block: BlockSettings = BlockSettings()
+    sweep: SweepSettings = SweepSettings()
+    generation: GenerationSettings = GenerationSettings()
+    judge: JudgeSettings = JudgeSettings()
+    notes: tuple[str, ...] = dataclasses.field(default=(), metadata={"hidden": True})
+
+    def require(self, *keys: str) -> None:
+        """Raise ConfigError naming the first of the dotted `keys` that the configuration leaves out."""
+        values = dict(typed_mapping.leaves(self))
+        for key in keys:
+            if values[key] is None or values[key] in ((), {}):
+                raise ConfigError(f"{key}: missing, and this command needs it; add it to the file or --set {key}=...")
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting, defaults included, paths absolute, in plain types: what a run keeps as its config.yaml."""
+        return typed_mapping.plain(self)
+
+    def identity(self, *sections: str) -> dict[str, Any]:
+        """Flat {dotted key: value} of `sections`, without paths: files count by their content, not by their place."""
+        flat = {}
+        for key, value in typed_mapping.leaves(self):
+            if key.partition(".")[0] in sections and not isinstance(value, Path):
+                names_only = isinstance(value, Mapping) and any(isinstance(v, Path) for v in value.values())
+                flat[key] = sorted(value) if names_only else typed_mapping.plain(value)
+        return flat
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read the YAML file at `path`, apply `overrides` ("key.sub=value", values parsed as YAML) and check all types.
+
+    The names of the paper's scripts are accepted at the top level: block_latents_path, block_lambda, block_layer (their
+    index into hidden_states: 20 is the output of model.layers[19]) and block_on_assistant_only.
+    Raises ConfigError with one line that names the key: unreadable file, unknown key (with the nearest known one),
+    wrong type, a setting given under both of its names.
+    """
+    path = Path(path)
+    values, notes = _translate(_read(path), "")
+    for override in overrides:
+        change, more = _translate(_parse_override(override), "--set ")
+        _merge(values, change)
+        notes += more
+    config = typed_mapping.build(Config, values, folder=path.resolve().parent)
+    _check(config)
+    return dataclasses.replace(config, notes=tuple(notes))
+
+
+def _read(path: Path) -> dict:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if values is not None and not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys and values, got {type(values).__name__}")
+    return values or {}
+
+
+def _parse_override(text: str) -> dict:
+    import yaml
+
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text}: expected key=value, for example --set train.steps=200")
+    try:
+        parsed: Any = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+    for part in reversed(key.strip().split(".")):
+        parsed = {part: parsed}
+    return parsed
+
+
+def _translate(values: dict, where: str) -> tuple[dict, list[str]]:
+    """Replace the paper's names by ours in one source of settings; return it with notes for the user."""
+    notes = []
+    for theirs in PAPER_NAMES.keys() & values.keys():
+        section, name = PAPER_NAMES[theirs].split(".")
+        value = values.pop(theirs)
+        block = values.setdefault(section, {})
+        if not isinstance(block, dict) or name in block:
+            raise ConfigError(f"{where}{theirs}: {section}.{name} is given as well; keep one of the two")
+        if theirs == "block_layer":
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{where}block_layer: expected an index into hidden_states of 1 or more, got {value!r};"
+                                  " it counts the embeddings as 0, block.layer counts model.layers from 0")
+            notes.append(f"block_layer {value} is hidden_states[{value}], the output of model.layers[{value - 1}]")
+            value -= 1
+        elif theirs == "block_on_assistant_only":
+            if not isinstance(value, bool):
+                raise ConfigError(f"{where}block_on_assistant_only: expected true or false, got {value!r}")
+            value = "supervised" if value else "all"
+        block[name] = value
+    return values, notes
+
+
+def _merge(values: dict, change: dict) -> None:
+    for key, value in change.items():
+        if isinstance(value, dict) and isinstance(values.get(key), dict):
+            _merge(values[key], value)
+        else:
+            values[key] = value
+
+
+def _check(config: Config) -> None:
+    """Ranges that no type states; what needs a model or a file is checked when that is opened."""
+    sweep, generation = config.sweep, config.generation
+    rules = [
+        ("block.layer", config.block.layer, config.block.layer is None or config.block.layer >= 0, "0 or more"),
+        ("block.weight", config.block.weight, 0 <= config.block.weight < float("inf"), "0 or more and finite"),
+        ("sweep.lambdas", sweep.lambdas, all(0 < value < float("inf") for value in sweep.lambdas),
+         "values above 0 (the baseline, lambda 0, is always run)"),
+        ("sweep.lambdas", sweep.lambdas, len(set(sweep.lambdas)) == len(sweep.lambdas), "no value twice"),
+        ("sweep.seeds", sweep.seeds, sweep.seeds and len(set(sweep.seeds)) == len(sweep.seeds), "one or more, none twice"),
+        ("sweep.seeds", sweep.seeds, all(0 <= seed < 2**32 for seed in sweep.seeds), "whole numbers from 0 to 2^32 - 1"),
+        ("generation.max_new_tokens", generation.max_new_tokens, generation.max_new_tokens >= 1, "1 or more"),
+        ("generation.batch_size", generation.batch_size, generation.batch_size >= 1, "1 or more"),
+        ("generation.temperature", generation.temperature, 0 <= generation.temperature < float("inf"), "0 or more"),
+    ]
+    for key, value, holds, expected in rules:
+        if not holds:
+            raise ConfigError(f"{key}: expected {expected}, got {typed_mapping.plain(value)!r}")
+    for name in sweep.latents:
+        if name in ("base", "baseline") or not name.replace("-", "").replace("_", "").isalnum():
+            raise ConfigError(f"sweep.latents.{name}: a set is named with letters, digits, - and _, not base or baseline")

@@ -1,0 +1,189 @@
+"""Everything a fine-tune or a sweep reads, opened and checked before any work is done or any file is touched."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lockin_fast.blocking import BlockPenalty, LatentSet
+from lockin_fast.chat import ChatDataset, read_chat
+from lockin_fast.config import Config, ConfigError
+from lockin_fast.judges import Judge, load_judge
+from lockin_fast.lora import check_lora
+from lockin_fast.rundir import hash_files
+from lockin_fast.sae import SparseAutoencoder, load_sae
+
+SAE_CHUNK = 16384  # latents checked at a time: bounds the memory of looking through a wide SAE
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What trials share: one loaded base model, tokenised training data, and the encoder rows of the latent sets."""
+
+    config: Config
+    model: Any
+    tokenizer: Any
+    dataset: ChatDataset
+    sae: SparseAutoencoder | None
+    latents: Mapping[str, LatentSet]
+
+    def penalty(self, name: str, weight: float) -> BlockPenalty:
+        """The block penalty of latent set `name` at lambda `weight`."""
+        return _penalty(self.config, self.sae, self.latents[name], weight)
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The prompts every trial answers, and who rates the answers."""
+
+    prompts: Mapping[str, list[dict]]  # "final" and "in_domain" -> records of the JSONL files
+    judge: Judge
+
+
+def check_files(config: Config, *keys: str) -> None:
+    """Raise ConfigError unless each of the dotted `keys` is set and names something that exists."""
+    config.require(*keys)
+    for key in keys:
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        for name, path in value.items() if isinstance(value, Mapping) else [("", value)]:
+            if not path.exists():
+                raise ConfigError(f"{key}{'.' if name else ''}{name}: no such file or folder: {path}")
+
+
+def input_hashes(config: Config, latents: Mapping[str, Path]) -> dict[str, dict[str, str]]:
+    """{input: {file: SHA-256}} of the model, the SAE, the data, the latent sets and the judge's file."""
+    paths = {"model": config.model, "sae": config.sae if latents else None, "data.train": config.data.train,
+             "data.final": config.data.final, "data.in_domain": config.data.in_domain, "judge.path": config.judge.path}
+    paths |= {f"latents.{name}": path for name, path in latents.items()}
+    return {name: hash_files(path) for name, path in paths.items() if path is not None}
+
+
+def open_inputs(config: Config, latents: Mapping[str, Path]) -> Inputs:
+    """Open what training needs; `latents` are the files of the sets that will be blocked, by name.
+
+    Cheap checks come first, the model is loaded last. Raises ConfigError, one line that names the setting: a folder
+    that is no model, a layer out of range, an SAE of another width or with NaN in it, latents out of range or chosen
+    at another layer, data that is empty or has nothing supervised, LoRA modules the model does not have.
+    """
+    with _naming("model"):
+        shape = _model_shape(config.model)
+        tokenizer = _tokenizer(config.model)
+    sets, sae = {}, None
+    if latents:
+        config.require("block.layer")
+        if config.block.layer >= shape.num_hidden_layers:
+            raise ConfigError(f"block.layer: got {config.block.layer}, expected 0 to {shape.num_hidden_layers - 1}: the "
+                              f"model has {shape.num_hidden_layers} layers, counted from 0")
+        for name, path in latents.items():
+            with _naming(f"latents {name} ({path})"):
+                sets[name] = LatentSet.load(path)
+        sae = _sae_rows(config, sets, shape.hidden_size)
+        for name, of_set in sets.items():
+            with _naming(f"latents {name} ({latents[name]})"):
+                _penalty(config, sae, of_set, 1.0)
+    with _naming("data.train"):
+        dataset = ChatDataset(config.data.train, tokenizer, max_length=config.train.max_length)
+    with _naming("model", Exception):  # damaged weights raise whatever their reader likes
+        model = _load_model(config.model)
+    check_lora(model, config.lora)
+    return Inputs(config, model, tokenizer, dataset, sae, sets)
+
+
+def open_exam(config: Config) -> Exam:
+    """Open the prompts and the judge. Raises ConfigError naming the setting."""
+    prompts = {}
+    for name in ("final", "in_domain"):
+        with _naming(f"data.{name}"):
+            prompts[name] = read_chat(getattr(config.data, name))
+            for number, record in enumerate(prompts[name], 1):
+                if not question(record):
+                    raise ValueError(f"conversation {number} asks nothing: it has no turn before the assistant's")
+    with _naming("judge"):
+        return Exam(prompts, load_judge(config.judge))
+
+
+def question(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The messages to answer: the record's, without an assistant turn at the end."""
+    messages = list(record["messages"])
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    return messages
+
+
+def adapter_bytes(inputs: Inputs) -> int:
+    """Size on disk of one adapter with the configured LoRA, to within its small files."""
+    from lockin_fast.blocking.layers import decoder_layers
+
+    lora, count = inputs.config.lora, 0
+    for index, layer in enumerate(decoder_layers(inputs.model)):
+        if lora.layers is None or index in lora.layers:
+            count += sum(lora.r * (module.in_features + module.out_features) for name, module in layer.named_modules()
+                         if name.rpartition(".")[2] in lora.target_modules and hasattr(module, "in_features"))
+    return 4 * count
+
+
+def _penalty(config: Config, sae: SparseAutoencoder, latents: LatentSet, weight: float) -> BlockPenalty:
+    block = config.block
+    return BlockPenalty(sae, latents, block.layer, weight, reference=block.reference, tokens=block.tokens,
+                        latent_reduction=block.latent_reduction)
+
+
+def _sae_rows(config: Config, sets: Mapping[str, LatentSet], hidden_size: int) -> SparseAutoencoder:
+    """The rows that some set blocks, after a look through the whole file: a damaged SAE selects nothing one can trust."""
+    with _naming("sae"):
+        first = load_sae(config.sae, latents=[0])
+        if first.d_model != hidden_size:
+            raise ValueError(f"{config.sae} reads hidden states of width {first.d_model}, but the model's are "
+                             f"{hidden_size} wide; give the SAE that was trained on this model")
+    for name, latents in sets.items():
+        if int(latents.indices.max()) >= first.width:
+            raise ConfigError(f"latents {name}: index {int(latents.indices.max())} is out of range; the SAE has "
+                              f"{first.width} latents, 0 to {first.width - 1}")
+    with _naming("sae"):
+        for start in range(0, first.width, SAE_CHUNK):
+            load_sae(config.sae, latents=range(start, min(start + SAE_CHUNK, first.width)))
+        return load_sae(config.sae, latents=torch.cat([latents.indices for latents in sets.values()]).unique())
+
+
+@contextmanager
+def _naming(key: str, *others: type[Exception]) -> Iterator[None]:
+    """Turn what a reader raises into a ConfigError that says which setting it came from."""
+    try:
+        yield
+    except (ConfigError, ImportError):
+        raise
+    except (ValueError, OSError, *others) as error:
+        line = " ".join(str(error).split())
+        raise ConfigError(line if line.startswith(f"{key}:") else f"{key}: {line}") from error
+
+
+def _model_shape(path: Path) -> Any:
+    """The text model's configuration, which names layers and width, without loading a weight."""
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path} holds no config.json; give the folder of a Hugging Face model")
+    try:
+        from transformers import AutoConfig
+    except ImportError as error:
+        raise ImportError("models need transformers: pip install 'lockin-fast[train]'") from error
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    return config.get_text_config()
+
+
+def _tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+def _load_model(path: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype="auto")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -1,0 +1,106 @@
+"""The sweep: every lambda x latent set x seed, one finished folder after the other, resumable at any moment."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lockin_fast.config import Config, ConfigError
+from lockin_fast.progress import Progress, silent
+from lockin_fast.rundir import check_claim, check_place, claim, read_json_lines, write_json, write_json_lines, write_text
+from lockin_fast.sweep.inputs import adapter_bytes, check_files, input_hashes, open_exam, open_inputs
+from lockin_fast.sweep.summary import summarise
+from lockin_fast.sweep.trial import Trial, run_trial
+
+SECTIONS = ("lora", "train", "block", "sweep", "generation", "judge")
+MAY_GROW = ("sweep.lambdas", "sweep.seeds")
+BYTES_PER_REPLY = 4096
+SLACK_BYTES = 2**21  # summary, figures and report
+
+
+def plan(config: Config) -> list[Trial]:
+    """The trials in the order they run: the base model, the unblocked baseline of each seed, then every setting."""
+    sweep = config.sweep
+    blocked = [Trial(name, weight, seed) for name in _latents(config) for weight in sweep.lambdas for seed in sweep.seeds]
+    return [Trial(None, None, None), *(Trial(None, 0.0, seed) for seed in sweep.seeds), *blocked]
+
+
+def run_sweep(config: Config, progress: Progress = silent) -> dict[str, Any]:
+    """Run what is missing of the sweep in `config.output`; write and return its summary (see `summarise`).
+
+    Everything is checked before training starts. A finished trial is never run again: after a kill, or with lambdas or
+    seeds added, the sweep goes on at the first missing one; any other change of settings or of an input file's
+    content is refused and named. Raises ConfigError, RunError or the errors of `fine_tune`.
+    """
+    latents = _latents(config)
+    if not latents:
+        raise ConfigError("sweep.latents: no latent set to block; name files, for example {causal: latents/causal.json}")
+    if not config.sweep.lambdas:
+        raise ConfigError("sweep.lambdas: no lambda to try; give a list such as [1, 10, 100]")
+    config.require("output")
+    check_files(config, "model", "sae", "data.train", "data.final", "data.in_domain",
+                "sweep.latents" if config.sweep.latents else "block.latents")
+    run = config.output
+    check_place(run, SLACK_BYTES)
+    entry = {"config": config.identity(*SECTIONS), "inputs": input_hashes(config, latents)}
+    check_claim(run, "sweep", entry, may_grow=MAY_GROW)
+    exam = open_exam(config)
+    inputs = open_inputs(config, latents)
+    trials = plan(config)
+    missing = [trial for trial in trials if not (run / "trials" / trial.name).is_dir()]
+    replies = sum(map(len, exam.prompts.values()))
+    check_place(run, SLACK_BYTES + len(missing) * (adapter_bytes(inputs) + BYTES_PER_REPLY * replies))
+
+    with claim(run, "sweep", entry | {"versions": versions()}, may_grow=MAY_GROW):
+        write_config(config, run)
+        for number, trial in enumerate(trials, 1):
+            if trial not in missing:
+                continue
+            stage = f"[{number}/{len(trials)}] {trial.name}"
+            progress(stage, 0, 0)
+            run_trial(trial, inputs, exam, run / "trials" / trial.name, lambda d, t, s=stage: progress(s, d, t))
+        return _finish(run, trials)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result, for provenance."""
+    from importlib.metadata import PackageNotFoundError, version
+    from platform import platform, python_version
+
+    import lockin_fast
+
+    found = {"lockin_fast": lockin_fast.__version__, "python": python_version(), "platform": platform()}
+    for name in ("torch", "transformers", "peft"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def write_config(config: Config, run: Path) -> None:
+    """Write config.yaml: every setting, with absolute paths, so that the run can be repeated from it."""
+    import yaml
+
+    write_text(run / "config.yaml", yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True))
+
+
+def _latents(config: Config) -> dict[str, Path]:
+    """The latent sets to compare; a single block.latents is a sweep over one set."""
+    if config.sweep.latents or config.block.latents is None:
+        return dict(config.sweep.latents)
+    return {config.block.latents.stem: config.block.latents}
+
+
+def _finish(run: Path, trials: list[Trial]) -> dict[str, Any]:
+    """Write metrics.jsonl and summary.json from the folders of all trials."""
+    rows, metrics = [], []
+    for trial in trials:
+        folder = run / "trials" / trial.name
+        rows.append(json.loads((folder / "result.json").read_text(encoding="utf-8")))
+        history = folder / "metrics.jsonl"
+        metrics += [{"trial": trial.name} | row for row in (read_json_lines(history) if history.exists() else [])]
+    baselines = sum(trial.weight == 0 for trial in trials)
+    summary = summarise(rows[0], rows[1:1 + baselines], rows[1 + baselines:])
+    write_json_lines(run / "metrics.jsonl", metrics)
+    write_json(run / "summary.json", summary)
+    return summary
