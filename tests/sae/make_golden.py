@@ -51,7 +51,11 @@ def randomise(module, seed):
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             values = torch.randn(parameter.shape, generator=generator) * (0.35 if parameter.dim() > 1 else 0.2)
-            parameter.copy_(values.abs() + 0.1 if "threshold" in name else values)
+            if "threshold" in name:
+                values = values.abs() + 0.1
+            elif "gate" in name:
+                values = values - 1  # so that the gate shuts some latents that the magnitude would let through
+            parameter.copy_(values)
 
 
 def activations(seed):
