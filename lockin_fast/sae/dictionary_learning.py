@@ -120,7 +120,7 @@ def _class_name(trainer: dict, file: TensorFile, prefix: str) -> str:
     """The class that wrote the file: as the config says, otherwise by the tensors only that class has."""
     name = trainer.get("dict_class")
     if name is not None:
-        if name not in LAYOUTS:
+        if not isinstance(name, str) or name not in LAYOUTS:
             raise ValueError(
                 f"{trainer['config']}: dict_class {name!r} is not supported; expected {', '.join(LAYOUTS)}"
             )

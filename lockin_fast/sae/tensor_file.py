@@ -151,7 +151,7 @@ def _map_pickle(path: Path) -> Iterator[dict[str, Tensor]]:
         raise ValueError(
             f"{path}: refused: the pickle holds more than tensors, or is damaged; export the SAE as a state dict"
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # a damaged pickle can make the unpickler raise anything
         raise ValueError(f"{path}: not a readable torch checkpoint ({_first_line(error)})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a state dict, got {type(content).__name__}")
