@@ -25,7 +25,7 @@ _EXPORTS = {
     "attach": "lockin_fast.blocking",
 }
 
-__all__ = [*_EXPORTS, "__version__"]
+__all__ = list(_EXPORTS)
 
 
 def __getattr__(name):

@@ -45,7 +45,8 @@ class BackendReport(list):
         lines = [f"{'op':<18}{'device':<8}{'backend':<11}why"]
         for row in self:
             lines.append(f"{row.op:<18}{row.device:<8}{row.backend:<11}{row.why}")
-            lines += [f"{'':<37}{calls} calls fell back to the reference: {why}" for why, calls in row.fallbacks.items()]
+            for reason, calls in row.fallbacks.items():
+                lines.append(f"{'':<37}{calls} calls fell back to the reference: {reason}")
         return "\n".join(lines)
 
 
@@ -94,7 +95,8 @@ def activate():
             raise RuntimeError(f"LOCKIN_FAST_BACKEND=triton, but {triton_missing}")
         if not interpreting and not torch.cuda.is_available():
             raise RuntimeError(
-                "LOCKIN_FAST_BACKEND=triton, but there is no CUDA device; set TRITON_INTERPRET=1 to interpret on the CPU"
+                "LOCKIN_FAST_BACKEND=triton, but there is no CUDA device; "
+                "set TRITON_INTERPRET=1 to interpret on the CPU"
             )
     why = f"LOCKIN_FAST_BACKEND={forced}" if forced else None
 

@@ -26,15 +26,19 @@ def rows(weight, bias):
         raise ValueError(f"weight: got {weight.dtype} {tuple(weight.shape)}, expected floating point rows [K, d]")
     count = weight.shape[0]
     per_latent("bias", bias, count)
+    return count
+
+
+def frozen(weight, bias):
+    """Check that nobody asks for a gradient of the SAE."""
     if (weight.requires_grad or bias.requires_grad) and torch.is_grad_enabled():
         name = "weight" if weight.requires_grad else "bias"
         raise ValueError(f"{name}: requires grad, but SAE weights are frozen here; pass {name}.detach()")
-    return count
 
 
 def per_latent(name, value, count):
     """Check one value per latent, [K]."""
-    if value is not None and tuple(value.shape) != (count,):
+    if value is not None and value.shape != (count,):
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{count}], one value per row of weight")
 
 
@@ -50,17 +54,19 @@ def token_mask(mask, leading):
     if mask is None:
         return None
     if mask.dtype != torch.bool:
-        raise TypeError(f"mask: got {mask.dtype}, expected bool (True = token counts); compare it first, e.g. labels != -100")
+        raise TypeError(f"mask: got {mask.dtype}, expected bool, True for tokens that count, e.g. labels != -100")
     if mask.shape != leading:
         raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected {tuple(leading)}, the leading dimensions of h")
-    return mask.reshape(-1)
+    return mask.reshape(-1).contiguous()
 
 
 def fp32(value):
-    """`value` in float32; None stays None."""
-    return value if value is None or value.dtype is torch.float32 else value.float()
+    """`value` contiguous in float32; None stays None."""
+    if value is None or (value.dtype is torch.float32 and value.is_contiguous()):
+        return value
+    return value.to(torch.float32).contiguous()
 
 
 def rows_like(weight, h):
     """`weight` in h's dtype with contiguous rows."""
-    return weight.to(h.dtype).contiguous()
+    return weight if weight.dtype is h.dtype and weight.is_contiguous() else weight.to(h.dtype).contiguous()

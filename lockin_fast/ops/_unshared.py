@@ -18,7 +18,7 @@ _storage_holders = torch._C._storage_Use_Count
 
 
 def unshared(grad, control):
-    """True when `grad` is plain, dense, writable memory with no more holders than `control`; both local to a backward."""
+    """True when `grad` is plain, dense, writable memory with no more holders than `control`, of the same backward."""
     if type(grad) is not torch.Tensor or type(control) is not torch.Tensor or grad.requires_grad:
         return False
     if getrefcount(grad) != getrefcount(control) or grad._use_count() != control._use_count():

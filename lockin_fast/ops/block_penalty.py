@@ -75,21 +75,24 @@ class PerTokenPenalty(torch.autograd.Function):
 
 
 def op_arguments(h, weight, bias, sign, z_ref, h_ref, mask, threshold, margin, latent_reduction):
-    """Check the arguments of `block_penalty` and bring them into the form of the op: flat tokens, one dtype, one device."""
+    """Check the arguments of `block_penalty` and bring them into the form of the op: flat tokens, one dtype."""
     count = _checks.rows(weight, bias)
+    _checks.frozen(weight, bias)
     tokens = _checks.hidden("h", h, weight.shape[1])
     for name, value in (("sign", sign), ("threshold", threshold), ("margin", margin)):
         _checks.per_latent(name, value, count)
     if (z_ref is None) == (h_ref is None):
         given = "neither" if z_ref is None else "both"
-        raise ValueError(f"z_ref, h_ref: got {given}, expected exactly one; pass the reference's latents or its hidden state")
+        raise ValueError(f"z_ref, h_ref: got {given}, expected exactly one, the reference's latents or hidden state")
     if latent_reduction not in ("sum", "mean"):
         raise ValueError(f"latent_reduction: got {latent_reduction!r}, expected 'sum' or 'mean'")
     leading = h.shape[:-1]
     if z_ref is not None:
         if z_ref.shape != (*leading, count):
-            raise ValueError(f"z_ref: got shape {tuple(z_ref.shape)}, expected {(*leading, count)}, one value per token and latent")
-        z_ref = _checks.fp32(z_ref).reshape(-1, count).contiguous()
+            raise ValueError(
+                f"z_ref: got shape {tuple(z_ref.shape)}, expected {(*leading, count)}, one value per token and latent"
+            )
+        z_ref = _checks.fp32(z_ref).view(tokens.shape[0], count)
     else:
         if h_ref.shape != h.shape or h_ref.dtype != h.dtype:
             raise ValueError(

@@ -38,9 +38,9 @@ def block_penalty_tap(
 
     Formula, arguments and errors are those of `block_penalty`. The difference is in the backward: the penalty's
     gradient is added, in float32 and rounded once, to the gradient that arrives for the returned h, instead of being
-    built as a second [..., d] tensor that autograd then adds: in place where that gradient is provably nobody else's (in
-    eager mode it nearly always is), into a fresh tensor otherwise. Use it where the penalty can be computed inside the
-    forward pass; the returned h must be the one that the later layers read.
+    built as a second [..., d] tensor that autograd then adds: in place where that gradient is provably nobody else's
+    (in eager mode it nearly always is), into a fresh tensor otherwise. Use it where the penalty can be computed inside
+    the forward pass; the returned h must be the one that the later layers read.
     """
     args = op_arguments(h, weight, bias, sign, z_ref, h_ref, mask, threshold, margin, latent_reduction)
     if h.requires_grad and torch.is_grad_enabled():

@@ -48,7 +48,8 @@ class _EncodeLatents(torch.autograd.Function):
     def backward(ctx, grad):
         z, weight = ctx.saved_tensors
         # z > 0 exactly where the latent is on, so the output is all that has to be kept; NaN passes as in torch's relu.
-        return latent_backward(grad.masked_fill(z <= 0, 0.0), grad.new_ones(()).expand(grad.shape[0]), weight), *[None] * 3
+        coefficient = grad.masked_fill(z <= 0, 0.0)
+        return latent_backward(coefficient, grad.new_ones(grad.shape[0]), weight), None, None, None
 
 
 def encode_latents(h, weight, bias, *, threshold=None):
@@ -72,6 +73,7 @@ def encode_latents(h, weight, bias, *, threshold=None):
     JumpReLU as in Rajamanoharan et al., arXiv 2407.14435.
     """
     count = _checks.rows(weight, bias)
+    _checks.frozen(weight, bias)
     tokens = _checks.hidden("h", h, weight.shape[1])
     _checks.per_latent("threshold", threshold, count)
     _checks.same_device(h, weight=weight, bias=bias, threshold=threshold)

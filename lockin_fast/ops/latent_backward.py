@@ -45,10 +45,10 @@ def latent_backward(coefficient, scale, weight, grad=None):
     a gradient that already arrived for the hidden state. Tokens with no nonzero coefficient are skipped exactly.
     Costs 2 T K d FLOPs at most, reads grad and writes the result once.
     """
-    return _op(coefficient, scale, weight, grad)
+    return _op(coefficient, scale.contiguous(), weight, grad)
 
 
 def latent_backward_(grad, coefficient, scale, weight):
     """As `latent_backward`, written over `grad` [T, d], which has to be contiguous along d and used by nobody else."""
-    _op_in_place(grad, coefficient, scale, weight)
+    _op_in_place(grad, coefficient, scale.contiguous(), weight)
     return grad

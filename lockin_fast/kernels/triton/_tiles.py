@@ -11,8 +11,8 @@ INTERPRETING = triton.knobs.runtime.interpret
 
 @triton.jit
 def project(
-    h, h_stride, weight, tokens, keep, latents, K, D, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
-    UPCAST: tl.constexpr,
+    h, h_stride, weight, tokens, keep, latents, K, D, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """h[tokens] @ weight[latents]^T in fp32. Rows that are not kept are never read, so that they hold zeros here."""
     acc = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
@@ -21,7 +21,7 @@ def project(
     for d0 in range(0, D, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
         x = tl.load(rows + d[None, :], mask=keep[:, None] & (d < D)[None, :], other=0.0)  # [BLOCK_T, BLOCK_D]
-        w = tl.load(columns + d[:, None], mask=(latents < K)[None, :] & (d < D)[:, None], other=0.0)  # [BLOCK_D, BLOCK_K]
+        w = tl.load(columns + d[:, None], mask=(latents < K)[None, :] & (d < D)[:, None], other=0.0)  # transposed
         if UPCAST:
             x = x.to(tl.float32)
             w = w.to(tl.float32)
@@ -36,6 +36,12 @@ def activate(pre, threshold, latents, K):
     if threshold is not None:
         floor = tl.maximum(tl.load(threshold + latents, mask=latents < K, other=0.0), 0.0)[None, :]
     return tl.where(pre <= floor, 0.0, pre)
+
+
+@triton.jit
+def count_positive(x, axis: tl.constexpr):
+    """How many entries are > 0, as int32. Summed as floats, exact at a tile's size; bits get counted on the stack."""
+    return tl.sum(tl.where(x > 0.0, 1.0, 0.0), axis=axis).to(tl.int32)
 
 
 def tile_sizes(tokens, latents, dtype):

@@ -1,18 +1,18 @@
-"""The block penalty: one tile of tokens a program, all latents of it in turn, the reference encoded by the same code."""
+"""The block penalty: a tile of tokens a program, all its latents in turn, the reference encoded by the same code."""
 
 import torch
 import triton
 import triton.language as tl
 
-from lockin_fast.kernels.triton._tiles import activate, check_dtype, project, tile_sizes
+from lockin_fast.kernels.triton._tiles import activate, check_dtype, count_positive, project, tile_sizes
 
 LAUNCH = {"num_warps": 4, "num_stages": 3}
 
 
 @triton.jit
 def penalty_kernel(
-    h, h_stride, weight, bias, sign, z_ref, h_ref, h_ref_stride, mask, threshold, margin, per_token, coefficient, active,
-    T, K, D, share, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+    h, h_stride, weight, bias, sign, z_ref, h_ref, h_ref_stride, mask, threshold, margin, per_token, coefficient,
+    active, T, K, D, share, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = tokens < T
@@ -43,9 +43,9 @@ def penalty_kernel(
             excess = s * (z - ref)
             if margin is not None:
                 excess -= tl.load(margin + latents, mask=real, other=0.0)[None, :]
-            excess = tl.where((excess <= 0.0) | (pair == 0), 0.0, excess)
+            excess = tl.where(pair, tl.where(excess <= 0.0, 0.0, excess), 0.0)
             penalty += tl.sum(excess * excess, axis=1)
-            pairs += tl.sum((excess > 0.0).to(tl.int32), axis=1)
+            pairs += count_positive(excess, 1)
             value = tl.where(z == 0.0, 0.0, excess * s * (2.0 * share))
         tl.store(coefficient + place, value, mask=inside[:, None] & real[None, :])
     tl.store(per_token + tokens, penalty * share, mask=inside)
@@ -56,6 +56,7 @@ def block_penalty(h, weight, bias, sign, z_ref, h_ref, mask, threshold, margin, 
     """per_token [T], coefficient [T, K], active pairs; see `lockin_fast.block_penalty`."""
     check_dtype(h.dtype)
     (T, D), K = h.shape, weight.shape[0]
+    keep = None if mask is None else mask.view(torch.uint8)  # bytes load in wide words, booleans through the stack
     per_token = torch.empty((T,), dtype=torch.float32, device=h.device)
     coefficient = torch.empty((T, K), dtype=torch.float32, device=h.device)
     if not coefficient.numel():
@@ -65,7 +66,7 @@ def block_penalty(h, weight, bias, sign, z_ref, h_ref, mask, threshold, margin, 
     active = torch.empty((tiles,), dtype=torch.int32, device=h.device)
     h_ref_stride = 0 if h_ref is None else h_ref.stride(0)
     penalty_kernel[(tiles,)](
-        h, h.stride(0), weight, bias, sign, z_ref, h_ref, h_ref_stride, mask, threshold, margin, per_token, coefficient,
+        h, h.stride(0), weight, bias, sign, z_ref, h_ref, h_ref_stride, keep, threshold, margin, per_token, coefficient,
         active, T, K, D, 1.0 / K if mean else 1.0, **sizes, **LAUNCH,
     )  # fmt: skip
     return per_token, coefficient, active.sum()

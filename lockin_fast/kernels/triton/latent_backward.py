@@ -27,7 +27,8 @@ def backward_kernel(
         c = tl.where(c == 0.0, 0.0, c * upstream)  # a zero coefficient adds nothing, whatever the scale
         some = tl.sum((c != 0.0).to(tl.int32))
         if some > 0:
-            w = tl.load(weight + k.to(tl.int64)[:, None] * D + d[None, :], mask=(k < K)[:, None] & (d < D)[None, :], other=0.0)
+            place = weight + k.to(tl.int64)[:, None] * D + d[None, :]
+            w = tl.load(place, mask=(k < K)[:, None] & (d < D)[None, :], other=0.0)
             acc = tl.dot(c, w.to(tl.float32), acc, input_precision=PRECISION)
         touched += some
     if IN_PLACE:
@@ -41,8 +42,9 @@ def backward_kernel(
 
 
 def sizes(tokens, latents, dtype):
-    """Constants of the launch. fp32 products stay exact fp32; 16-bit weights are exact in tf32, whose three-term product
-    keeps the fp32 coefficients and runs on tensor cores."""
+    """Constants of the launch. fp32 products stay fp32. A 16-bit weight is exact in tf32, whose three-term product
+    keeps the fp32 coefficients and runs on tensor cores.
+    """
     return {
         "BLOCK_T": 32,
         "BLOCK_K": min(max(triton.next_power_of_2(latents), 16), 32),
@@ -59,8 +61,8 @@ def _launch(coefficient, scale, weight, grad, out, in_place):
     grid = triton.cdiv(T, constants["BLOCK_T"]), triton.cdiv(D, constants["BLOCK_D"])
     if T and D:
         backward_kernel[grid](
-            coefficient, scale, scale.stride(0), weight, grad, 0 if grad is None else grad.stride(0), out, out.stride(0),
-            T, K, D, in_place, **constants, **LAUNCH,
+            coefficient, scale, scale.stride(0), weight, grad, 0 if grad is None else grad.stride(0), out,
+            out.stride(0), T, K, D, in_place, **constants, **LAUNCH,
         )  # fmt: skip
     return out
 

@@ -1,10 +1,10 @@
-"""Sums over tokens of every latent: a program owns a tile of latents and a share of the tokens, and writes its sums once."""
+"""Sums over tokens of every latent: a program owns a tile of latents and a share of the tokens, and writes once."""
 
 import torch
 import triton
 import triton.language as tl
 
-from lockin_fast.kernels.triton._tiles import INTERPRETING, activate, check_dtype, project
+from lockin_fast.kernels.triton._tiles import INTERPRETING, activate, check_dtype, count_positive, project
 
 LAUNCH = {"num_warps": 4, "num_stages": 3}
 
@@ -30,13 +30,13 @@ def stats_kernel(
         if tl.sum(keep.to(tl.int32)) > 0:
             pre = b + project(h, h_stride, weight, tokens, keep, latents, K, D, BLOCK_D, BLOCK_T, BLOCK_K, UPCAST)
             z = tl.where(keep[:, None], activate(pre, threshold, latents, K), 0.0)
-            count += tl.sum((z > 0.0).to(tl.int32), axis=0).to(tl.int64)
+            count += count_positive(z, 0)
             if h_ref is not None:
                 pre = b + project(
                     h_ref, h_ref_stride, weight, tokens, keep, latents, K, D, BLOCK_D, BLOCK_T, BLOCK_K, UPCAST
                 )
                 other = tl.where(keep[:, None], activate(pre, threshold, latents, K), 0.0)
-                count_ref += tl.sum((other > 0.0).to(tl.int32), axis=0).to(tl.int64)
+                count_ref += count_positive(other, 0)
                 z -= other
             total += tl.sum(z, axis=0).to(tl.float64)
             total_squares += tl.sum(z * z, axis=0).to(tl.float64)
@@ -57,6 +57,7 @@ def latent_stats(h, weight, bias, h_ref, threshold, mask):
     """Sums, squares, counts, reference counts [K] and tokens; see `lockin_fast.latent_stats`."""
     check_dtype(h.dtype)
     (T, D), K = h.shape, weight.shape[0]
+    keep = None if mask is None else mask.view(torch.uint8)  # bytes load in wide words, booleans through the stack
     constants = sizes(h.dtype)
     token_tiles = max(triton.cdiv(T, constants["BLOCK_T"]), 1)
     shares = min(16, token_tiles)
@@ -66,8 +67,8 @@ def latent_stats(h, weight, bias, h_ref, threshold, mask):
     counts_ref = None if h_ref is None else torch.empty_like(counts)
     if K:
         stats_kernel[(triton.cdiv(K, constants["BLOCK_K"]), shares)](
-            h, h.stride(0), h_ref, 0 if h_ref is None else h_ref.stride(0), weight, bias, threshold, mask, sums, squares,
-            counts, counts_ref, T, K, D, tiles, **constants, **LAUNCH,
+            h, h.stride(0), h_ref, 0 if h_ref is None else h_ref.stride(0), weight, bias, threshold, keep, sums,
+            squares, counts, counts_ref, T, K, D, tiles, **constants, **LAUNCH,
         )  # fmt: skip
     tokens = torch.full((), T, dtype=torch.int64, device=h.device) if mask is None else mask.sum()
     count_ref = counts.new_zeros(0) if h_ref is None else counts_ref.sum(0)
