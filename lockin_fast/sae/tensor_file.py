@@ -32,7 +32,7 @@ class TensorFile:
         self._map: Callable[[Path], AbstractContextManager]
         self._map = _map_safetensors if self.path.suffix == ".safetensors" else _map_pickle
         with self._map(self.path) as tensors:
-            self.shapes = {name: tuple(shape(tensors[name])) for name in tensors}
+            self.shapes = {name: tuple(_stored_shape(tensors[name])) for name in tensors}
 
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
@@ -112,7 +112,7 @@ class TensorFile:
         return rows
 
 
-def shape(tensor) -> tuple[int, ...]:
+def _stored_shape(tensor) -> tuple[int, ...]:
     return tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape
 
 
