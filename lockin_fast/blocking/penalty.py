@@ -126,7 +126,12 @@ def _chosen_rows(sae, latents: LatentSet, gate: str, margin) -> tuple[Rows, Call
     rows = sae.rows(latents.indices)
     threshold = rows.threshold if gate == "sae" else None
     if margin is not None:
-        margin = torch.as_tensor(margin, dtype=torch.float32).expand(len(latents)).contiguous()
+        margin = torch.as_tensor(margin, dtype=torch.float32)
+        if margin.numel() not in (1, len(latents)):
+            raise ValueError(
+                f"margin: got {margin.numel()} numbers, expected one, or one for each of {len(latents)} latents"
+            )
+        margin = margin.flatten().expand(len(latents)).contiguous()
         if not (margin.isfinite().all() and (margin >= 0).all()):
             raise ValueError(f"margin: got {margin.tolist()}, expected finite numbers of 0 or more")
     return Rows(rows.weight.detach(), rows.bias.detach(), latents.signs, threshold, margin), rows.normalize

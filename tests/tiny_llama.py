@@ -40,7 +40,8 @@ def penalty(weight=5.0, *, layer=1, latents=LATENT_SET, **options):
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'] + '> ' }}{% if m['role'] == 'assistant' %}{{ m['content'] + ' <end> ' }}"
-    "{% else %}{{ m['content'] + ' ' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+    "{% else %}{{ m['content'] + ' ' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
 )
 MARKED_TEMPLATE = TEMPLATE.replace(
     "{{ m['content'] + ' <end> ' }}", "{% generation %}{{ m['content'] + ' <end> ' }}{% endgeneration %}"
