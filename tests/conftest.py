@@ -1,0 +1,43 @@
+"""Fixtures for the whole suite, and two switches that take parts of the package away for a run of it.
+
+LOCKIN_FAST_TEST_WITHOUT lists what this run pretends not to have: `compiled` (the shared object), `triton`.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+WITHOUT = os.environ.get("LOCKIN_FAST_TEST_WITHOUT", "").split(",")
+
+
+class _Blocked:
+    """An import hook under which the named packages do not exist."""
+
+    def __init__(self, *names):
+        self.names = names
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.names:
+            raise ModuleNotFoundError(f"No module named {name!r} (blocked by the tests)", name=name)
+
+
+if "triton" in WITHOUT:
+    sys.meta_path.insert(0, _Blocked("triton"))
+if "compiled" in WITHOUT:
+    from lockin_fast import dispatch
+
+    dispatch.CPU_PART = Path(__file__).parent / "there-is-no-compiled-part.so"
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fill every uninitialised tensor with NaN (integers with their maximum), in torch and in the compiled part."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(8).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
