@@ -1,10 +1,10 @@
 """Whether a gradient that arrives in a backward may be written over: proof that nobody else can see it.
 
-A tensor is reachable through its C++ handle, its Python object, or another tensor on the same storage. The three counts
-of holders are compared with those of a control: a zero that the engine itself makes for an unused output of the same
-node and passes in the same call, through the same frames. Whatever the engine, the interpreter, a debugger or a tracer
-add, they add to both, so equal counts mean that the gradient has no holder of its own. torch's engine trusts the first
-and third count in the same way when it accumulates gradients in place.
+A gradient's memory is reachable through its tensor or its storage, and each of them through C++ handles or its Python
+object. These four counts of holders are compared with those of a control: a zero that the engine itself makes for an
+unused output of the same node and passes in the same call, through the same frames. Whatever the engine, the
+interpreter, a debugger or a tracer add, they add to both, so equal counts mean that the gradient has no holder of its
+own. torch's engine trusts the two C++ counts in the same way when it accumulates gradients in place.
 
 A process starts with a check that deliberate holders are seen; where they are not, nothing is ever written over.
 """
@@ -25,7 +25,8 @@ def unshared(grad, control):
         return False
     memory, control_memory = grad.untyped_storage(), control.untyped_storage()
     return (
-        _storage_holders(memory._cdata) == _storage_holders(control_memory._cdata)
+        getrefcount(memory) == getrefcount(control_memory)
+        and _storage_holders(memory._cdata) == _storage_holders(control_memory._cdata)
         and memory.resizable()  # memory lent by numpy, dlpack or a file is not torch's to count
         and getweakrefcount(grad) == 0
         and grad.is_contiguous()
@@ -70,6 +71,7 @@ def _verdicts():
         lambda out: out.register_hook(lambda grad: kept.append(grad)),
         lambda out: out.register_hook(lambda grad: kept.append(grad.detach())),
         lambda out: out.register_hook(lambda grad: kept.append(grad.view(-1))),
+        lambda out: out.register_hook(lambda grad: kept.append(grad.untyped_storage())),
         lambda out: out.grad_fn.register_prehook(lambda grads: kept.append(grads)),
     )
     with torch.enable_grad():
