@@ -215,6 +215,7 @@ def _trainer(peft_model, tokenizer, dataset, folder, settings, penalty, watch):
         penalty=penalty,
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.floating_point_ops = lambda inputs: 0  # an estimate nobody reads, for a walk over the model every step
     return trainer
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lockin_fast.blocking.layers import captured_forward, decoder_layer, unwrap
 from lockin_fast.blocking.meter import LossMeter
 from lockin_fast.blocking.penalty import BlockPenalty
-from lockin_fast.blocking.reference import reference_hidden_state
+from lockin_fast.blocking.reference import Reference
 
 IGNORED = -100  # the label of a token that is not supervised
 
@@ -47,11 +47,13 @@ class LatentBlockMixin:
                 )
             penalty.check_model(self.model)
         self.block_penalty = penalty
+        self._block_model = None
         self._loss_meter = LossMeter()
 
     def train(self, *args, **kwargs):
         check_supervised(self.train_dataset)
         self._loss_meter.reset()
+        self._block_model = None  # adapters may have come or gone since the last time
         return super().train(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -67,27 +69,34 @@ class LatentBlockMixin:
             )
             self._record(result[0] if return_outputs else result, num_items_in_batch)
             return result
-        layer = decoder_layer(model, self.block_penalty.layer)
-        with captured_forward(model, layer) as seen:
+        self._find_sites(model)
+        with captured_forward(model, self._block_layer) as seen:
             result = super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
         sft_loss, *outputs = result if return_outputs else (result,)
-        loss = self._add_penalty(sft_loss, model, seen, labels, num_items_in_batch)
+        loss = self._add_penalty(sft_loss, seen, labels, num_items_in_batch)
         return (loss, *outputs) if return_outputs else loss
 
-    def _add_penalty(self, sft_loss: Tensor, model: nn.Module, seen, labels, num_items_in_batch) -> Tensor:
+    def _find_sites(self, model: nn.Module) -> None:
+        """The penalised layer and the reference inside this model; looked up once, since the search walks the model."""
+        if self._block_model is not model:
+            penalty = self.block_penalty
+            live = penalty.reference == "live"
+            self._block_layer = decoder_layer(model, penalty.layer)
+            self._block_reference = Reference(model if live else penalty.reference, penalty.layer, adapters=live)
+            self._block_model = model
+
+    def _add_penalty(self, sft_loss: Tensor, seen, labels, num_items_in_batch) -> Tensor:
         penalty = self.block_penalty
         self._check_capture(seen)
         mask = token_mask(penalty.tokens, labels, seen.kwargs, seen.hidden)
         with self.accelerator.autocast():
-            h_ref = reference_hidden_state(penalty.reference, model, penalty.layer, seen.args, seen.kwargs)
+            h_ref = self._block_reference.hidden_state(seen.args, seen.kwargs)
         measured = penalty(seen.hidden if penalty.weight else seen.hidden.detach(), h_ref=h_ref, mask=mask)
         scale = self._penalty_scale(labels, num_items_in_batch)
         mean = (measured.total * scale).to(sft_loss.device)
-        self._record(
-            sft_loss, num_items_in_batch, mean, measured.active, measured.tokens * len(penalty.latents)
-        )
+        self._record(sft_loss, num_items_in_batch, mean, measured.active, measured.tokens * len(penalty.latents))
         return sft_loss + penalty.weight * mean if penalty.weight else sft_loss
 
     def _check_capture(self, seen) -> None:

@@ -20,7 +20,8 @@ def adapter_modules(model: nn.Module) -> list[nn.Module]:
 
     Raises ValueError when there are none: with no adapters to switch off, the base model is not in there any more.
     """
-    modules = [module for module in model.modules() if hasattr(type(module), "disable_adapters")]
+    # A property on PEFT's modules; transformers' models have a method of that name.
+    modules = [m for m in model.modules() if isinstance(getattr(type(m), "disable_adapters", None), property)]
     if not modules:
         raise ValueError(
             f'reference: "live" switches PEFT adapters off, but {type(model).__name__} has none (full fine-tuning, or '
@@ -41,73 +42,62 @@ def check_live_reference(model: nn.Module) -> None:
             )
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model without dropout; every module is put back in the mode it was found in."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
+class Reference:
+    """The model whose latents the penalty is anchored to, set up once and asked for every micro-batch.
 
+    model: the model in training, whose adapters are switched off for the while (adapters=True), or a frozen second one.
+    layer: 0-based index of the decoder layer whose output is wanted.
 
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The model as it was before its adapters; every one is put back as it was found.
-
-    PEFT's own `disable_adapter()` also sets requires_grad of every adapter weight, on the way back to True whatever it
-    was; here only the switch itself is flipped, module by module.
+    PEFT's own `disable_adapter()` walks every module and sets requires_grad of every adapter weight, on the way back to
+    True whatever it was; here only the switch itself is flipped, on modules found once.
     """
-    enabled = [module for module in adapter_modules(model) if not module.disable_adapters]
-    try:
-        for module in enabled:
-            module._disable_adapters = True
-        yield
-    finally:
-        for module in enabled:
-            module._disable_adapters = False
 
+    def __init__(self, model: nn.Module, layer: int, *, adapters: bool):
+        self._model = unwrap(model)
+        self._layer = decoder_layer(model, layer)
+        self._adapters = adapter_modules(self._model) if adapters else []
+        self._modules = list(self._model.modules())
+        # FSDP's collectives must not be cut short.
+        self._runs_on = is_sharded(self._model)
+        self._overrides = {"use_cache": False} if hasattr(text_config(model), "use_cache") else {}
 
-def hidden_state(model: nn.Module, layer: nn.Module, args: tuple, kwargs: dict) -> Tensor:
-    """Output of `layer` in a forward of `model` on these arguments, stopped there; no gradient, no loss, no cache.
+    def hidden_state(self, args: tuple, kwargs: dict) -> Tensor:
+        """Hidden state [B, S, d] of the reference at the layer's output: no gradient, no dropout, no loss.
 
-    Under FSDP the forward runs to its end, since its collectives must not be cut short.
-    """
-    kwargs = {key: value for key, value in kwargs.items() if key not in _LOSS_ARGUMENTS}
-    if hasattr(text_config(model), "use_cache"):
-        kwargs["use_cache"] = False
-    found = []
-    runs_on = is_sharded(model)
+        args, kwargs: what the model in training was called with: same batch, same attention mask, same positions, so
+        that adapters that change nothing give exactly the training forward's hidden state. The forward stops right
+        after the layer. Modes and adapters are put back as they were found, whatever happens.
+        """
+        kwargs = {key: value for key, value in kwargs.items() if key not in _LOSS_ARGUMENTS} | self._overrides
+        found = []
 
-    def stop(module, inputs, output):
-        found.append(residual_stream(output))
-        if not runs_on:
-            raise _Reached
+        def stop(module, inputs, output):
+            found.append(residual_stream(output))
+            if not self._runs_on:
+                raise _Reached
 
-    handle = layer.register_forward_hook(stop)
-    try:
-        with torch.no_grad():
-            model(*args, **kwargs)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    return found[0]
+        handle = self._layer.register_forward_hook(stop)
+        try:
+            with torch.no_grad(), self._as_base_model():
+                self._model(*args, **kwargs)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        return found[0]
 
-
-def reference_hidden_state(reference, model: nn.Module, layer: int, args: tuple, kwargs: dict) -> Tensor:
-    """Hidden state [B, S, d] of the reference at the output of decoder layer `layer`.
-
-    reference: "live", `model` with its adapters off, or a frozen second model. args, kwargs: what `model` was called
-    with in training: same batch, same attention mask, same positions, so that adapters that change nothing give
-    exactly the training forward's hidden state.
-    """
-    model = unwrap(model)
-    if reference == "live":
-        with evaluating(model), adapters_off(model):
-            return hidden_state(model, decoder_layer(model, layer), args, kwargs)
-    with evaluating(reference):
-        return hidden_state(reference, decoder_layer(reference, layer), args, kwargs)
+    @contextmanager
+    def _as_base_model(self) -> Iterator[None]:
+        training = [module for module in self._modules if module.training]
+        enabled = [module for module in self._adapters if not module.disable_adapters]
+        try:
+            for module in training:
+                module.training = False
+            for module in enabled:
+                module._disable_adapters = True
+            yield
+        finally:
+            for module in enabled:
+                module._disable_adapters = False
+            for module in training:
+                module.training = True

@@ -55,7 +55,8 @@ def test_only_the_chosen_rows_are_kept_and_cast_once():
     assert rows.weight.shape == (len(tiny.LATENT_SET), tiny.WIDTH) and rows.weight.is_contiguous()
     assert rows.weight.dtype == torch.bfloat16 and rows.bias.dtype == torch.float32
     assert block.rows(torch.bfloat16, torch.device("cpu")) is rows
-    assert torch.equal(block.rows(torch.float32, torch.device("cpu")).weight, tiny.sae().weight[tiny.LATENT_SET.indices])
+    full = block.rows(torch.float32, torch.device("cpu"))
+    assert torch.equal(full.weight, tiny.sae().weight[tiny.LATENT_SET.indices])
 
 
 @pytest.mark.parametrize(
