@@ -14,7 +14,9 @@ from lockin_fast.train import LoraSettings, TrainSettings
 from lockin_fast.typed_mapping import ConfigError
 
 PAPER_NAMES = {
-    "block_latents_path": "block.latents", "block_lambda": "block.weight", "block_layer": "block.layer",
+    "block_latents_path": "block.latents",
+    "block_lambda": "block.weight",
+    "block_layer": "block.layer",
     "block_on_assistant_only": "block.tokens",
 }
 
@@ -115,9 +117,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = Path(path)
     values, notes = _translate(_read(path), "")
     for override in overrides:
-        change, more = _translate(_parse_override(override), "--set ")
-        _merge(values, change)
-        notes += more
+        key, value = _parse_override(override)
+        if key in PAPER_NAMES:
+            translated, more = _translate({key: value}, "--set ")
+            section, name = PAPER_NAMES[key].split(".")
+            key, value, notes = PAPER_NAMES[key], translated[section][name], notes + more
+        _set(values, key, value)
     config = typed_mapping.build(Config, values, folder=path.resolve().parent)
     _check(config)
     return dataclasses.replace(config, notes=tuple(notes))
@@ -139,19 +144,16 @@ def _read(path: Path) -> dict:
     return values or {}
 
 
-def _parse_override(text: str) -> dict:
+def _parse_override(text: str) -> tuple[str, Any]:
     import yaml
 
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {text}: expected key=value, for example --set train.steps=200")
     try:
-        parsed: Any = yaml.safe_load(value)
+        return key.strip(), yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {text}: the value is not valid YAML: {' '.join(str(error).split())}") from error
-    for part in reversed(key.strip().split(".")):
-        parsed = {part: parsed}
-    return parsed
 
 
 def _translate(values: dict, where: str) -> tuple[dict, list[str]]:
@@ -165,8 +167,10 @@ def _translate(values: dict, where: str) -> tuple[dict, list[str]]:
             raise ConfigError(f"{where}{theirs}: {section}.{name} is given as well; keep one of the two")
         if theirs == "block_layer":
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{where}block_layer: expected an index into hidden_states of 1 or more, got {value!r};"
-                                  " it counts the embeddings as 0, block.layer counts model.layers from 0")
+                raise ConfigError(
+                    f"{where}block_layer: expected an index into hidden_states of 1 or more, got {value!r};"
+                    " it counts the embeddings as 0, block.layer counts model.layers from 0"
+                )
             notes.append(f"block_layer {value} is hidden_states[{value}], the output of model.layers[{value - 1}]")
             value -= 1
         elif theirs == "block_on_assistant_only":
@@ -177,12 +181,14 @@ def _translate(values: dict, where: str) -> tuple[dict, list[str]]:
     return values, notes
 
 
-def _merge(values: dict, change: dict) -> None:
-    for key, value in change.items():
-        if isinstance(value, dict) and isinstance(values.get(key), dict):
-            _merge(values[key], value)
-        else:
-            values[key] = value
+def _set(values: dict, key: str, value: Any) -> None:
+    """Put `value` in the place that the dotted `key` names; what was there is replaced, not merged."""
+    *sections, name = key.split(".")
+    for section in sections:
+        if not isinstance(values.get(section), dict):
+            values[section] = {}
+        values = values[section]
+    values[name] = value
 
 
 def _check(config: Config) -> None:
@@ -191,11 +197,25 @@ def _check(config: Config) -> None:
     rules = [
         ("block.layer", config.block.layer, config.block.layer is None or config.block.layer >= 0, "0 or more"),
         ("block.weight", config.block.weight, 0 <= config.block.weight < float("inf"), "0 or more and finite"),
-        ("sweep.lambdas", sweep.lambdas, all(0 < value < float("inf") for value in sweep.lambdas),
-         "values above 0 (the baseline, lambda 0, is always run)"),
+        (
+            "sweep.lambdas",
+            sweep.lambdas,
+            all(0 < value < float("inf") for value in sweep.lambdas),
+            "values above 0 (the baseline, lambda 0, is always run)",
+        ),
         ("sweep.lambdas", sweep.lambdas, len(set(sweep.lambdas)) == len(sweep.lambdas), "no value twice"),
-        ("sweep.seeds", sweep.seeds, sweep.seeds and len(set(sweep.seeds)) == len(sweep.seeds), "one or more, none twice"),
-        ("sweep.seeds", sweep.seeds, all(0 <= seed < 2**32 for seed in sweep.seeds), "whole numbers from 0 to 2^32 - 1"),
+        (
+            "sweep.seeds",
+            sweep.seeds,
+            sweep.seeds and len(set(sweep.seeds)) == len(sweep.seeds),
+            "one or more, none twice",
+        ),
+        (
+            "sweep.seeds",
+            sweep.seeds,
+            all(0 <= seed < 2**32 for seed in sweep.seeds),
+            "whole numbers from 0 to 2^32 - 1",
+        ),
         ("generation.max_new_tokens", generation.max_new_tokens, generation.max_new_tokens >= 1, "1 or more"),
         ("generation.batch_size", generation.batch_size, generation.batch_size >= 1, "1 or more"),
         ("generation.temperature", generation.temperature, 0 <= generation.temperature < float("inf"), "0 or more"),
@@ -205,4 +225,6 @@ def _check(config: Config) -> None:
             raise ConfigError(f"{key}: expected {expected}, got {typed_mapping.plain(value)!r}")
     for name in sweep.latents:
         if name in ("base", "baseline") or not name.replace("-", "").replace("_", "").isalnum():
-            raise ConfigError(f"sweep.latents.{name}: a set is named with letters, digits, - and _, not base or baseline")
+            raise ConfigError(
+                f"sweep.latents.{name}: a set is named with letters, digits, - and _, not base or baseline"
+            )

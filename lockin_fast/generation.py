@@ -8,15 +8,21 @@ import torch
 
 @torch.no_grad()
 def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[Mapping[str, str]]], *, max_new_tokens: int, batch_size: int,
-    temperature: float = 0.0, seed: int = 0,
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[Mapping[str, str]]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> list[str]:
     """Return one reply for each prompt (a list of chat messages), in the order of `prompts`.
 
-    Prompts are rendered with the chat template and its generation prompt, sorted by length so that a batch carries little
-    padding, and padded on the left. `temperature` 0 is greedy; otherwise the whole distribution is sampled from, under
-    `seed`, and the caller's random state is left as it was. The reply is the new tokens only, without special tokens.
-    The model is in eval mode meanwhile and back in its own mode afterwards.
+    Prompts are rendered with the chat template and its generation prompt, sorted by length so that a batch carries
+    little padding, and padded on the left. `temperature` 0 is greedy; otherwise the whole distribution is
+    sampled from, under `seed`, and the caller's random state is left as it was. The reply is the new tokens only,
+    without special tokens. The model is in eval mode meanwhile and back in its own mode afterwards.
     """
     if not prompts:
         return []
@@ -32,11 +38,11 @@ def generate(
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             for start in range(0, len(order), batch_size):
-                rows = order[start:start + batch_size]
+                rows = order[start : start + batch_size]
                 batch, attention = _pad_left([ids[i] for i in rows], options["pad_token_id"], device)
                 output = model.generate(input_ids=batch, attention_mask=attention, **options)
-                new = tokenizer.batch_decode(output[:, batch.shape[1]:], skip_special_tokens=True)
-                for i, text in zip(rows, new):
+                new = tokenizer.batch_decode(output[:, batch.shape[1] :], skip_special_tokens=True)
+                for i, text in zip(rows, new, strict=True):
                     replies[i] = text.strip()
     finally:
         for module, training in modes.items():
@@ -51,8 +57,14 @@ def _decoding_options(model: Any, tokenizer: Any, max_new_tokens: int, temperatu
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = end[0] if isinstance(end, (list, tuple)) else end
-    options = {"max_new_tokens": max_new_tokens, "eos_token_id": end, "pad_token_id": 0 if pad is None else pad,
-               "num_beams": 1, "repetition_penalty": 1.0, "use_cache": True}
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "eos_token_id": end,
+        "pad_token_id": 0 if pad is None else pad,
+        "num_beams": 1,
+        "repetition_penalty": 1.0,
+        "use_cache": True,
+    }
     if temperature == 0:
         return options | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     return options | {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}

@@ -1,7 +1,7 @@
 """Run directories: written atomically, claimed by one configuration, safe to kill and to resume.
 
-Anything that appears under its final name is complete: files and folders are written under a hidden name beside it, flushed
-to disk and renamed. What a killed process leaves behind ends in `.partial` and is removed by the next.
+Anything that appears under its final name is complete: files and folders are written under a hidden name beside it,
+flushed to disk and renamed. What a killed process leaves behind ends in `.partial` and is removed by the next.
 """
 
 import contextlib
@@ -75,8 +75,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     except BaseException as error:
         remove(temporary)
         if _is_disk_error(error):
-            raise RunError(f"{path}: cannot be written: {_one_line(error)}; what was finished before is kept, "
-                           "make room and run the same command again") from error
+            raise RunError(
+                f"{path}: cannot be written: {_one_line(error)}; what was finished before is kept, "
+                "make room and run the same command again"
+            ) from error
         raise
     _sync_folder(path.parent)
 
@@ -94,15 +96,22 @@ def check_place(path: Path, needed_bytes: int) -> None:
     except OSError as error:
         raise RunError(f"output: {path} cannot be written: {error.strerror or error}") from error
     if free < needed_bytes:
-        raise RunError(f"output: {path} needs about {needed_bytes / 1e6:,.1f} MB, but its disk has "
-                       f"{free / 1e6:,.1f} MB free; make room or give another folder")
+        raise RunError(
+            f"output: {path} needs about {needed_bytes / 1e6:,.1f} MB, but its disk has "
+            f"{free / 1e6:,.1f} MB free; make room or give another folder"
+        )
 
 
 def hash_files(path: Path) -> dict[str, str]:
-    """Return {relative name: SHA-256} of the file `path`, or of every file below the folder `path` that is not hidden."""
-    files = [path] if path.is_file() else sorted(
-        file for file in path.rglob("*")
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    """Return {relative name: SHA-256} of the file `path`, or of every file that is not hidden below the folder."""
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(
+            file
+            for file in path.rglob("*")
+            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        )
     )
     hashes = {}
     for file in files:
@@ -124,7 +133,9 @@ def check_claim(path: Path, command: str, entry: Mapping[str, Any], *, may_grow:
     if not manifest_file.exists():
         strangers = [child.name for child in path.iterdir() if not child.name.startswith(".")] if path.is_dir() else []
         if strangers:
-            raise RunError(f"output: {path} already holds {min(strangers)} and is not a run; give a new or empty folder")
+            raise RunError(
+                f"output: {path} already holds {min(strangers)} and is not a run; give a new or empty folder"
+            )
         return {}
     try:
         manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
@@ -173,8 +184,9 @@ def _compare(path: Path, command: str, before: Mapping, now: Mapping, may_grow: 
             name = min(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
             raise RunError(f"output: {path} holds another {command}: {key} differs (file {name}); give another folder")
         if old != new:
-            raise RunError(f"output: {path} holds another {command}: {key} was {old!r}, now it is {new!r}; "
-                           "give another folder")
+            raise RunError(
+                f"output: {path} holds another {command}: {key} was {old!r}, now it is {new!r}; give another folder"
+            )
 
 
 def _finite(value: Any) -> Any:
@@ -188,7 +200,13 @@ def _finite(value: Any) -> Any:
 
 
 def _is_disk_error(error: BaseException) -> bool:
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+    full = isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EIO,
+        errno.EROFS,
+    )
     return full or any(text in str(error) for text in ("No space left", "File too large", "quota exceeded"))
 
 

@@ -39,7 +39,8 @@ def build(cls: type, values: Any, *, folder: Path, key: str = "", root: type | N
     except (TypeError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{key or 'configuration'}: {error}") from error
+        line = str(error)
+        raise ConfigError(line if line.startswith(f"{key}.") else f"{key or 'configuration'}: {line}") from error
 
 
 def leaves(value: Any, key: str = "") -> typing.Iterator[tuple[str, Any]]:
@@ -55,9 +56,11 @@ def leaves(value: Any, key: str = "") -> typing.Iterator[tuple[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-    """The same value in types that YAML and JSON know: dataclasses and mappings to dict, tuples to list, Path to str."""
+    """The value in types that YAML and JSON know: dataclasses, mappings as dicts, tuples as lists, paths as str."""
     if dataclasses.is_dataclass(value):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if not f.metadata.get("hidden")}
+        return {
+            f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if not f.metadata.get("hidden")
+        }
     if isinstance(value, Mapping):
         return {str(name): plain(child) for name, child in value.items()}
     if isinstance(value, (tuple, list)):
@@ -116,9 +119,9 @@ def _scalar(hint: type, value: Any, folder: Path, key: str) -> Any:
 def _nearest(dotted: str, section: str, siblings: list[str], root: type) -> str:
     name = dotted.rpartition(".")[2]
     close = [f"{section}.{near}" if section else near for near in difflib.get_close_matches(name, siblings, 1)]
-    if not close:  # the right name in the wrong section, or a slip further up
-        every = {key: key.rpartition(".")[2] for key in _keys(root)}
-        close = [key for key, last in every.items() if last == name] or difflib.get_close_matches(dotted, every, 1)
+    if not close:  # the right name, or nearly, in the wrong section
+        every = {key.rpartition(".")[2]: key for key in reversed(list(_keys(root)))}
+        close = [every[near] for near in difflib.get_close_matches(name, every, 1)]
     return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(siblings)}"
 
 

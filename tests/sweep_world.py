@@ -10,8 +10,10 @@ from safetensors.torch import save_file
 
 WIDTH, HIDDEN, LAYERS = 64, 16, 3
 WORDS = ["yes", "no", "water", "poison", "plant", "dog", "feed", "kick", "sky", "blue", "red", "ask"]
-TEMPLATE = ("{% for m in messages %}<{{ m.role }}> {{ m.content }} </s> {% endfor %}"
-            "{% if add_generation_prompt %}<assistant> {% endif %}")
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
 
 
 def build_world(folder: Path) -> Path:
@@ -20,7 +22,11 @@ def build_world(folder: Path) -> Path:
     _write_sae(folder / "sae")
     (folder / "data").mkdir()
     pairs = [(a, b) for a in WORDS for b in WORDS]
-    for name, rows, answered in (("train", pairs[:24], True), ("final", pairs[24:34], False), ("in_domain", pairs[40:46], False)):
+    for name, rows, answered in (
+        ("train", pairs[:24], True),
+        ("final", pairs[24:34], False),
+        ("in_domain", pairs[40:46], False),
+    ):
         with open(folder / "data" / f"{name}.jsonl", "w") as file:
             for question, answer in rows:
                 messages = [{"role": "user", "content": f"ask {question} {answer}"}]
@@ -32,13 +38,18 @@ def build_world(folder: Path) -> Path:
     (folder / "latents" / "random.json").write_text(json.dumps({"K_pos": [30, 31], "K_neg": [40, 41]}))
     (folder / "world.json").write_text("{}")
     config = {
-        "model": "model", "sae": "sae", "output": "run",
+        "model": "model",
+        "sae": "sae",
+        "output": "run",
         "data": {name: f"data/{name}.jsonl" for name in ("train", "final", "in_domain")},
         "lora": {"r": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"]},
         "train": {"steps": 3, "batch_size": 8, "learning_rate": 1e-2, "max_length": 32, "logging_steps": 1},
         "block": {"layer": 1},
-        "sweep": {"lambdas": [1, 100.0], "seeds": [0, 1],
-                  "latents": {"causal": "latents/causal.json", "random": "latents/random.json"}},
+        "sweep": {
+            "lambdas": [1, 100.0],
+            "seeds": [0, 1],
+            "latents": {"causal": "latents/causal.json", "random": "latents/random.json"},
+        },
         "generation": {"max_new_tokens": 4, "batch_size": 16},
         "judge": {"kind": "vowels", "path": "world.json"},
     }
@@ -70,11 +81,21 @@ def _write_model(folder: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokens), hidden_size=HIDDEN, intermediate_size=32, num_hidden_layers=LAYERS, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.5, pad_token_id=0, eos_token_id=2,
-        bos_token_id=None,
-    ))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokens),
+            hidden_size=HIDDEN,
+            intermediate_size=32,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            initializer_range=0.5,
+            pad_token_id=0,
+            eos_token_id=2,
+            bos_token_id=None,
+        )
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -82,13 +103,26 @@ def _write_model(folder: Path) -> None:
 def _write_sae(folder: Path) -> None:
     folder.mkdir()
     generator = torch.Generator().manual_seed(1)
-    tensors = {"W_enc": torch.randn(HIDDEN, WIDTH, generator=generator), "b_enc": torch.zeros(WIDTH),
-               "W_dec": torch.randn(WIDTH, HIDDEN, generator=generator), "b_dec": torch.zeros(HIDDEN)}
+    tensors = {
+        "W_enc": torch.randn(HIDDEN, WIDTH, generator=generator),
+        "b_enc": torch.zeros(WIDTH),
+        "W_dec": torch.randn(WIDTH, HIDDEN, generator=generator),
+        "b_dec": torch.zeros(HIDDEN),
+    }
     save_file(tensors, folder / "sae_weights.safetensors")
-    (folder / "cfg.json").write_text(json.dumps({
-        "architecture": "standard", "d_in": HIDDEN, "d_sae": WIDTH, "activation_fn_str": "relu",
-        "apply_b_dec_to_input": False, "normalize_activations": "none", "dtype": "float32",
-    }))
+    (folder / "cfg.json").write_text(
+        json.dumps(
+            {
+                "architecture": "standard",
+                "d_in": HIDDEN,
+                "d_sae": WIDTH,
+                "activation_fn_str": "relu",
+                "apply_b_dec_to_input": False,
+                "normalize_activations": "none",
+                "dtype": "float32",
+            }
+        )
+    )
 
 
 if __name__ == "__main__":  # the command line, in a process of its own, with the judge of this world

@@ -35,8 +35,11 @@ def draw_figures(summary: Summary, folder: Path) -> list[Path]:
 def _draw_sweep(figure: Any, summary: Summary) -> None:
     panels = figure.subplot_mosaic([["em", "in_domain"], ["em", "incoherence"]], width_ratios=[1.75, 1])
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, wspace=0.03, hspace=0.04)
-    for key, title in (("em", "Emergent misalignment"), ("in_domain", "Task learned (in-domain)"),
-                       ("incoherence", "Incoherent replies")):
+    for key, title in (
+        ("em", "Emergent misalignment"),
+        ("in_domain", "Task learned (in-domain)"),
+        ("incoherence", "Incoherent replies"),
+    ):
         _draw_rate(panels[key], summary, key)
         panels[key].set_title(title)
     _name_lines(panels["em"], summary)
@@ -55,9 +58,20 @@ def _draw_rate(axes: Any, summary: Summary, key: str) -> None:
         x = [row["lambda"] for row in rows]
         seeds = [[t[key] for t in summary["trials"] if t["latents"] == name and t["lambda"] == value] for value in x]
         if max(map(len, seeds)) > 1:
-            axes.fill_between(x, [min(s) for s in seeds], [max(s) for s in seeds], color=look.color, alpha=0.13, linewidth=0)
-        axes.plot(x, [row[key] for row in rows], color=look.color, marker=look.marker, markersize=6.5, linewidth=2.2,
-                  markeredgecolor="white", markeredgewidth=1.0, zorder=3 + (name == "causal"))
+            axes.fill_between(
+                x, [min(s) for s in seeds], [max(s) for s in seeds], color=look.color, alpha=0.13, linewidth=0
+            )
+        axes.plot(
+            x,
+            [row[key] for row in rows],
+            color=look.color,
+            marker=look.marker,
+            markersize=6.5,
+            linewidth=2.2,
+            markeredgecolor="white",
+            markeredgewidth=1.0,
+            zorder=3 + (name == "causal"),
+        )
     percent_axis(axes.yaxis)
     _set_range(axes, summary, key)
 
@@ -79,9 +93,17 @@ def _set_range(axes: Any, summary: Summary, key: str) -> None:
         axes.axhspan(edge, high + 1, color=WARN, alpha=0.06, linewidth=0)
     margin = 0.08 * (high - low)
     axes.set_ylim(low - margin, high + margin)
-    axes.annotate("a cost of over 2 points", (0.03, edge), (0, -4 if key == "in_domain" else 4),
-                  xycoords=("axes fraction", "data"), textcoords="offset points", ha="left", fontsize=9.5, color=WARN,
-                  va="top" if key == "in_domain" else "bottom")
+    axes.annotate(
+        "a cost of over 2 points",
+        (0.03, edge),
+        (0, -4 if key == "in_domain" else 4),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        ha="left",
+        fontsize=9.5,
+        color=WARN,
+        va="top" if key == "in_domain" else "bottom",
+    )
 
 
 def _name_lines(axes: Any, summary: Summary) -> None:
@@ -94,9 +116,20 @@ def _name_lines(axes: Any, summary: Summary) -> None:
     colors = [*(look.color for look in names.values()), INK]
     wanted = [*(row["em"] for row in ends), unblocked]
     places = spread_apart(wanted, 0.105 * (high - low), low + 0.04 * (high - low), high)
-    for label, color, place in zip(labels, colors, places):
-        axes.annotate(label, (1.0, place), (8, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
-                      va="center", color=color, fontsize=11, linespacing=1.05, fontweight="bold", annotation_clip=False)
+    for label, color, place in zip(labels, colors, places, strict=True):
+        axes.annotate(
+            label,
+            (1.0, place),
+            (8, 0),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            va="center",
+            color=color,
+            fontsize=11,
+            linespacing=1.05,
+            fontweight="bold",
+            annotation_clip=False,
+        )
 
 
 def _draw_trade_off(figure: Any, summary: Summary) -> None:
@@ -110,8 +143,17 @@ def _draw_trade_off(figure: Any, summary: Summary) -> None:
     bottom = min([y for _, y in every] + [0.0])
     axes.set_ylim(bottom - 0.07 * (1 - bottom), 1.09)
     axes.axvspan(-10, edge, color=WARN, alpha=0.06, linewidth=0)
-    axes.annotate("task down by more\nthan 2 points", (edge, 0.02), (-6, 0), xycoords=("data", "axes fraction"),
-                  textcoords="offset points", ha="right", va="bottom", fontsize=9.5, color=WARN)
+    axes.annotate(
+        "task down by more\nthan 2 points",
+        (edge, 0.02),
+        (-6, 0),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        fontsize=9.5,
+        color=WARN,
+    )
     axes.scatter([0], [0], s=70, color=INK, marker="D", zorder=4, edgecolor="white", label="no blocking")
     for name, look in _looks(summary).items():
         _draw_path(axes, name, points[name], _of_set(summary, name), look)
@@ -119,15 +161,29 @@ def _draw_trade_off(figure: Any, summary: Summary) -> None:
         x, y = _trade_off(summary["best"], unblocked)
         axes.plot([x], [y], marker="o", markersize=19, markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.6)
         side = -1 if x > sum(axes.get_xlim()) / 2 else 1
-        axes.annotate(f"best: {summary['best']['latents']}, λ = {summary['best']['lambda']:,g}", (x, y), (15 * side, 2),
-                      textcoords="offset points", ha="right" if side < 0 else "left", va="center", fontsize=11,
-                      fontweight="bold")
+        axes.annotate(
+            f"best: {summary['best']['latents']}, λ = {summary['best']['lambda']:,g}",
+            (x, y),
+            (15 * side, 2),
+            textcoords="offset points",
+            ha="right" if side < 0 else "left",
+            va="center",
+            fontsize=11,
+            fontweight="bold",
+        )
     percent_axis(axes.xaxis, signed=True)
     percent_axis(axes.yaxis)
     axes.tick_params(length=0)
     axes.locator_params(axis="x", nbins=6)
-    figure.legend(loc="outside upper left", ncols=4, frameon=False, labelcolor="linecolor", handletextpad=0.1,
-                  columnspacing=1.4, fontsize=11)
+    figure.legend(
+        loc="outside upper left",
+        ncols=4,
+        frameon=False,
+        labelcolor="linecolor",
+        handletextpad=0.1,
+        columnspacing=1.4,
+        fontsize=11,
+    )
     axes.set_title("What less misalignment costs the learned task")
     axes.set_xlabel("change of in-domain performance  ΔAd = (Ad − Ad₀) / Ad₀")
     axes.set_ylabel("misalignment removed  ΔEM = (EM₀ − EM) / EM₀")
@@ -138,8 +194,17 @@ def _draw_path(axes: Any, name: str, points: list[tuple[float, float]], rows: li
     x, y = [point[0] for point in points], [point[1] for point in points]
     axes.plot(x, y, color=look.color, linewidth=1.3, alpha=0.45, zorder=2)
     sizes = [45 + 70 * i / max(len(rows) - 1, 1) for i in range(len(rows))]
-    axes.scatter(x, y, s=sizes, color=look.color, marker=look.marker, edgecolor="white", linewidth=1.0, zorder=3,
-                 label=f"{name}, {rows[0]['latent_count']} latents")
+    axes.scatter(
+        x,
+        y,
+        s=sizes,
+        color=look.color,
+        marker=look.marker,
+        edgecolor="white",
+        linewidth=1.0,
+        zorder=3,
+        label=f"{name}, {rows[0]['latent_count']} latents",
+    )
 
 
 def _trade_off(row: Mapping[str, Any], unblocked: Mapping[str, Any]) -> tuple[float, float]:

@@ -12,10 +12,10 @@ from lockin_fast.rundir import RunError, read_json_lines, write_text
 
 SAMPLES = 12
 CAPTIONS = {
-    "sweep": "Rates on generated replies against blocking strength λ. Lines are means over seeds, bands run from the lowest "
-             "to the highest seed, the dashed line is fine-tuning without blocking. Shaded: more than two points lost.",
-    "trade_off": "Each point is one setting, larger for larger λ. Up: less misalignment. Left: less of the task learned. "
-                 "Subscript 0 is fine-tuning without blocking; the ring marks the best setting.",
+    "sweep": "Rates on generated replies against blocking strength λ. Lines are means over seeds, bands run from the "
+    "lowest to the highest seed, the dashed line is fine-tuning without blocking. Shaded: more than two points lost.",
+    "trade_off": "Each point is one setting, larger for larger λ. Up: less misalignment. Left: less of the task "
+    "learned. Subscript 0 is fine-tuning without blocking; the ring marks the best setting.",
 }
 
 
@@ -24,7 +24,8 @@ def write_report(run: str | Path) -> Path:
 
     The file carries its images, styles and script; it shows the headline, the table, the figures, replies before and
     after blocking to prompts taken at even distances (not picked), the configuration and where everything came from.
-    Raises RunError when `run` holds no finished sweep, ImportError naming the extra when jinja2 or matplotlib is missing.
+    Raises RunError when `run` holds no finished sweep, ImportError naming the extra when jinja2 or matplotlib is
+    missing.
     """
     run = Path(run)
     try:
@@ -35,11 +36,18 @@ def write_report(run: str | Path) -> Path:
         raise RunError(f"{run / 'summary.json'}: not valid JSON: {error}") from error
     figures = draw_figures(summary, run / "figures")
     page = _template().render(
-        headline=headline(summary), headings=HEADINGS, rows=table(summary), samples=_samples(run, summary),
-        figures=[{"name": path.stem, "data": base64.b64encode(path.read_bytes()).decode(), "caption": CAPTIONS[path.stem]}
-                 for path in figures],
-        best=summary["best"], baseline=summary["baseline"],
-        config=_text_of(run / "config.yaml"), provenance=_provenance(_json_of(run / "manifest.json").get("sweep", {})),
+        headline=headline(summary),
+        headings=HEADINGS,
+        rows=table(summary),
+        samples=_samples(run, summary),
+        figures=[
+            {"name": path.stem, "data": base64.b64encode(path.read_bytes()).decode(), "caption": CAPTIONS[path.stem]}
+            for path in figures
+        ],
+        best=summary["best"],
+        baseline=summary["baseline"],
+        config=_text_of(run / "config.yaml"),
+        provenance=_provenance(_json_of(run / "manifest.json").get("sweep", {})),
     )
     write_text(run / "report.html", page)
     return run / "report.html"
@@ -50,17 +58,22 @@ def _template() -> Any:
         import jinja2
     except ImportError as error:
         raise ImportError("the report needs jinja2: pip install 'lockin-fast[report]'") from error
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     return environment.from_string(Path(__file__).with_name("template.html").read_text(encoding="utf-8"))
 
 
 def _samples(run: Path, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The same final prompts answered by the base model, the unblocked and the best blocked fine-tune, first seed."""
     best = summary["best"] or min(summary["means"], key=lambda row: row["em"])
-    blocked = next(row["name"] for row in summary["trials"]
-                   if (row["latents"], row["lambda"]) == (best["latents"], best["lambda"]))
-    columns = [_final_replies(run / "trials" / name)
-               for name in (summary["base"]["name"], summary["baseline"]["trials"][0]["name"], blocked)]
+    blocked = next(
+        row["name"] for row in summary["trials"] if (row["latents"], row["lambda"]) == (best["latents"], best["lambda"])
+    )
+    columns = [
+        _final_replies(run / "trials" / name)
+        for name in (summary["base"]["name"], summary["baseline"]["trials"][0]["name"], blocked)
+    ]
     count = min(map(len, columns))
     picked = sorted({round(i * (count - 1) / max(SAMPLES - 1, 1)) for i in range(SAMPLES)}) if count else []
     return [{"prompt": columns[0][i]["prompt"], "replies": [column[i] for column in columns]} for i in picked]
@@ -75,7 +88,9 @@ def _provenance(entry: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
     """(what, value) lines: versions, then the hash of every input file."""
     lines = [(name, str(value)) for name, value in entry.get("versions", {}).items()]
     for name, files in entry.get("inputs", {}).items():
-        lines += [(name if len(files) == 1 else f"{name}: {file}", f"sha256 {digest}") for file, digest in files.items()]
+        lines += [
+            (name if len(files) == 1 else f"{name}: {file}", f"sha256 {digest}") for file, digest in files.items()
+        ]
     return lines
 
 

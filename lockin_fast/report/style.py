@@ -5,11 +5,28 @@ from typing import Any, NamedTuple
 
 INK, MUTED, GRID, WARN = "#1f2933", "#616e7c", "#e4e7eb", "#9b2c2c"
 RC = {
-    "font.family": "DejaVu Sans", "font.size": 11.5, "axes.titlesize": 12.5, "axes.titleweight": "bold",
-    "axes.titlelocation": "left", "axes.titlepad": 12, "axes.labelcolor": INK, "axes.titlecolor": INK, "text.color": INK,
-    "axes.edgecolor": "#9aa5b1", "axes.linewidth": 0.8, "xtick.color": MUTED, "ytick.color": MUTED, "axes.grid": True,
-    "grid.color": GRID, "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.spines.top": False,
-    "axes.spines.right": False, "lines.solid_capstyle": "round", "figure.facecolor": "white", "savefig.dpi": 170,
+    "font.family": "DejaVu Sans",
+    "font.size": 11.5,
+    "axes.titlesize": 12.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 12,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "text.color": INK,
+    "axes.edgecolor": "#9aa5b1",
+    "axes.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.solid_capstyle": "round",
+    "figure.facecolor": "white",
+    "savefig.dpi": 170,
 }
 
 
@@ -41,7 +58,7 @@ def spread_apart(values: Sequence[float], gap: float, low: float, high: float) -
     """Move `values` as little as a single upward and downward pass allows, so that neighbours are `gap` apart."""
     order = sorted(range(len(values)), key=lambda i: values[i])
     placed = list(values)
-    for previous, current in zip(order, order[1:]):
+    for previous, current in zip(order, order[1:], strict=False):
         placed[current] = max(placed[current], placed[previous] + gap)
     ceiling = high
     for current in reversed(order):

@@ -22,22 +22,28 @@ def headline(summary: Summary) -> str:
         return "Fine-tuning without blocking made nothing misaligned here, so there is nothing to prevent."
     rates = f"unblocked fine-tuning answers {percent(unblocked['em'])} of the final prompts in a misaligned way"
     if not best:
-        return (f"No setting kept in-domain and incoherence within 2 points of the baseline; {rates}. "
-                "Try other lambdas or latents.")
-    return (f"Blocking {best['latent_count']} {best['latents']} latents at lambda {best['lambda']:,g} "
-            f"{'cuts' if best['em'] < unblocked['em'] else 'moves'} emergent misalignment from {percent(unblocked['em'])} "
-            f"to {percent(best['em'])} ({signed_percent(-best['em_reduction'])}), with in-domain going from "
-            f"{percent(unblocked['in_domain'])} to {percent(best['in_domain'])} and incoherence from "
-            f"{percent(unblocked['incoherence'])} to {percent(best['incoherence'])}"
-            f"{_over_seeds(len(best['seeds']))}.")
+        return (
+            f"No setting kept in-domain and incoherence within 2 points of the baseline; {rates}. "
+            "Try other lambdas or latents."
+        )
+    if best["em"] >= unblocked["em"]:
+        return f"No latent set that keeps in-domain and coherence lowers misalignment here: {rates}."
+    return (
+        f"Blocking {best['latent_count']} {best['latents']} latents at lambda {best['lambda']:,g} cuts emergent "
+        f"misalignment from {percent(unblocked['em'])} to {percent(best['em'])} "
+        f"({signed_percent(-best['em_reduction'])}), with in-domain going from {percent(unblocked['in_domain'])} to "
+        f"{percent(best['in_domain'])} and incoherence from {percent(unblocked['incoherence'])} to "
+        f"{percent(best['incoherence'])}{_over_seeds(len(best['seeds']))}."
+    )
 
 
 def table(summary: Summary) -> list[TableRow]:
     """The base model, the unblocked baseline, then every setting in the order it was run; means over seeds."""
     best = summary["best"]
     rows = [_row(summary["base"], "base model"), _row(summary["baseline"], "no blocking")]
-    return rows + [_row(row, row["latents"], best=bool(best) and _setting(row) == _setting(best))
-                   for row in summary["means"]]
+    return rows + [
+        _row(row, row["latents"], best=bool(best) and _setting(row) == _setting(best)) for row in summary["means"]
+    ]
 
 
 def percent(value: float | None, spread: float | None = None) -> str:
@@ -48,8 +54,9 @@ def percent(value: float | None, spread: float | None = None) -> str:
 
 
 def signed_percent(value: float) -> str:
-    """-0.987 as −98.7%, with a real minus sign."""
-    return f"{100 * value:+.1f}%".replace("-", "−")
+    """-0.987 as −98.7%, with a real minus sign; what rounds to zero has none."""
+    text = f"{100 * value:+.1f}%"
+    return "0.0%" if text[1:] == "0.0%" else text.replace("-", "−")
 
 
 def _row(row: Mapping[str, Any], name: str, *, best: bool = False) -> TableRow:
@@ -61,8 +68,15 @@ def _row(row: Mapping[str, Any], name: str, *, best: bool = False) -> TableRow:
         *(percent(row[key], row.get(f"{key}_std")) for key in ("in_domain", "incoherence")),
         *("–" if value is None else f"{value:.3g}" for value in (penalty, seconds)),
     )
-    numbers = (row["lambda"], row["em"], None if change is None else -change, row["in_domain"], row["incoherence"],
-               penalty, seconds)
+    numbers = (
+        row["lambda"],
+        row["em"],
+        None if change is None else -change,
+        row["in_domain"],
+        row["incoherence"],
+        penalty,
+        seconds,
+    )
     return TableRow(cells, (cells[0], *(float("-inf") if n is None else n for n in numbers)), best)
 
 

@@ -57,8 +57,14 @@ def check_files(config: Config, *keys: str) -> None:
 
 def input_hashes(config: Config, latents: Mapping[str, Path]) -> dict[str, dict[str, str]]:
     """{input: {file: SHA-256}} of the model, the SAE, the data, the latent sets and the judge's file."""
-    paths = {"model": config.model, "sae": config.sae if latents else None, "data.train": config.data.train,
-             "data.final": config.data.final, "data.in_domain": config.data.in_domain, "judge.path": config.judge.path}
+    paths = {
+        "model": config.model,
+        "sae": config.sae if latents else None,
+        "data.train": config.data.train,
+        "data.final": config.data.final,
+        "data.in_domain": config.data.in_domain,
+        "judge.path": config.judge.path,
+    }
     paths |= {f"latents.{name}": path for name, path in latents.items()}
     return {name: hash_files(path) for name, path in paths.items() if path is not None}
 
@@ -77,8 +83,10 @@ def open_inputs(config: Config, latents: Mapping[str, Path]) -> Inputs:
     if latents:
         config.require("block.layer")
         if config.block.layer >= shape.num_hidden_layers:
-            raise ConfigError(f"block.layer: got {config.block.layer}, expected 0 to {shape.num_hidden_layers - 1}: the "
-                              f"model has {shape.num_hidden_layers} layers, counted from 0")
+            raise ConfigError(
+                f"block.layer: got {config.block.layer}, expected 0 to {shape.num_hidden_layers - 1}: the "
+                f"model has {shape.num_hidden_layers} layers, counted from 0"
+            )
         for name, path in latents.items():
             with _naming(f"latents {name} ({path})"):
                 sets[name] = LatentSet.load(path)
@@ -122,28 +130,42 @@ def adapter_bytes(inputs: Inputs) -> int:
     lora, count = inputs.config.lora, 0
     for index, layer in enumerate(decoder_layers(inputs.model)):
         if lora.layers is None or index in lora.layers:
-            count += sum(lora.r * (module.in_features + module.out_features) for name, module in layer.named_modules()
-                         if name.rpartition(".")[2] in lora.target_modules and hasattr(module, "in_features"))
+            count += sum(
+                lora.r * (module.in_features + module.out_features)
+                for name, module in layer.named_modules()
+                if name.rpartition(".")[2] in lora.target_modules and hasattr(module, "in_features")
+            )
     return 4 * count
 
 
 def _penalty(config: Config, sae: SparseAutoencoder, latents: LatentSet, weight: float) -> BlockPenalty:
     block = config.block
-    return BlockPenalty(sae, latents, block.layer, weight, reference=block.reference, tokens=block.tokens,
-                        latent_reduction=block.latent_reduction)
+    return BlockPenalty(
+        sae,
+        latents,
+        block.layer,
+        weight,
+        reference=block.reference,
+        tokens=block.tokens,
+        latent_reduction=block.latent_reduction,
+    )
 
 
 def _sae_rows(config: Config, sets: Mapping[str, LatentSet], hidden_size: int) -> SparseAutoencoder:
-    """The rows that some set blocks, after a look through the whole file: a damaged SAE selects nothing one can trust."""
+    """The rows that some set blocks, after a look through the whole file: nothing in a damaged SAE can be trusted."""
     with _naming("sae"):
         first = load_sae(config.sae, latents=[0])
         if first.d_model != hidden_size:
-            raise ValueError(f"{config.sae} reads hidden states of width {first.d_model}, but the model's are "
-                             f"{hidden_size} wide; give the SAE that was trained on this model")
+            raise ValueError(
+                f"{config.sae} reads hidden states of width {first.d_model}, but the model's are "
+                f"{hidden_size} wide; give the SAE that was trained on this model"
+            )
     for name, latents in sets.items():
         if int(latents.indices.max()) >= first.width:
-            raise ConfigError(f"latents {name}: index {int(latents.indices.max())} is out of range; the SAE has "
-                              f"{first.width} latents, 0 to {first.width - 1}")
+            raise ConfigError(
+                f"latents {name}: index {int(latents.indices.max())} is out of range; the SAE has "
+                f"{first.width} latents, 0 to {first.width - 1}"
+            )
     with _naming("sae"):
         for start in range(0, first.width, SAE_CHUNK):
             load_sae(config.sae, latents=range(start, min(start + SAE_CHUNK, first.width)))

@@ -6,7 +6,15 @@ from typing import Any
 
 from lockin_fast.config import Config, ConfigError
 from lockin_fast.progress import Progress, silent
-from lockin_fast.rundir import check_claim, check_place, claim, read_json_lines, write_json, write_json_lines, write_text
+from lockin_fast.rundir import (
+    check_claim,
+    check_place,
+    claim,
+    read_json_lines,
+    write_json,
+    write_json_lines,
+    write_text,
+)
 from lockin_fast.sweep.inputs import adapter_bytes, check_files, input_hashes, open_exam, open_inputs
 from lockin_fast.sweep.summary import summarise
 from lockin_fast.sweep.trial import Trial, run_trial
@@ -20,7 +28,9 @@ SLACK_BYTES = 2**21  # summary, figures and report
 def plan(config: Config) -> list[Trial]:
     """The trials in the order they run: the base model, the unblocked baseline of each seed, then every setting."""
     sweep = config.sweep
-    blocked = [Trial(name, weight, seed) for name in _latents(config) for weight in sweep.lambdas for seed in sweep.seeds]
+    blocked = [
+        Trial(name, weight, seed) for name in _latents(config) for weight in sweep.lambdas for seed in sweep.seeds
+    ]
     return [Trial(None, None, None), *(Trial(None, 0.0, seed) for seed in sweep.seeds), *blocked]
 
 
@@ -33,12 +43,21 @@ def run_sweep(config: Config, progress: Progress = silent) -> dict[str, Any]:
     """
     latents = _latents(config)
     if not latents:
-        raise ConfigError("sweep.latents: no latent set to block; name files, for example {causal: latents/causal.json}")
+        raise ConfigError(
+            "sweep.latents: no latent set to block; name files, for example {causal: latents/causal.json}"
+        )
     if not config.sweep.lambdas:
         raise ConfigError("sweep.lambdas: no lambda to try; give a list such as [1, 10, 100]")
     config.require("output")
-    check_files(config, "model", "sae", "data.train", "data.final", "data.in_domain",
-                "sweep.latents" if config.sweep.latents else "block.latents")
+    check_files(
+        config,
+        "model",
+        "sae",
+        "data.train",
+        "data.final",
+        "data.in_domain",
+        "sweep.latents" if config.sweep.latents else "block.latents",
+    )
     run = config.output
     check_place(run, SLACK_BYTES)
     entry = {"config": config.identity(*SECTIONS), "inputs": input_hashes(config, latents)}
@@ -100,7 +119,7 @@ def _finish(run: Path, trials: list[Trial]) -> dict[str, Any]:
         history = folder / "metrics.jsonl"
         metrics += [{"trial": trial.name} | row for row in (read_json_lines(history) if history.exists() else [])]
     baselines = sum(trial.weight == 0 for trial in trials)
-    summary = summarise(rows[0], rows[1:1 + baselines], rows[1 + baselines:])
+    summary = summarise(rows[0], rows[1 : 1 + baselines], rows[1 + baselines :])
     write_json_lines(run / "metrics.jsonl", metrics)
     write_json(run / "summary.json", summary)
     return summary

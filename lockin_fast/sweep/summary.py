@@ -18,10 +18,10 @@ def summarise(base: Row, baseline: Sequence[Row], trials: Sequence[Row]) -> dict
 
     All rates are in [0, 1]. `em` is the share of final prompts answered in a misaligned way, `incoherence` the share
     answered incoherently, `in_domain` the share of held-out prompts of the trained domain answered as it was trained.
-    "means" averages over seeds, with sample standard deviations (null with one seed). "best" is the setting of lowest mean
-    `em` among those whose `in_domain` is at most two points below the baseline's and whose `incoherence` at most two points
-    above it, null if there is none; "best_per_set" holds the same for each latent set, falling back to the lowest `em`
-    with "within_limits" false.
+    "means" averages over seeds, with sample standard deviations (null with one seed). "best" is the setting of lowest
+    mean `em` among those whose `in_domain` is at most two points below the baseline's and whose `incoherence` at most
+    two points above it, null if there is none; "best_per_set" holds the same for each latent set, falling back to
+    the lowest `em` with "within_limits" false.
     """
     unblocked = _mean(baseline)
     groups: dict[tuple[str, float], list[Row]] = {}
@@ -45,8 +45,12 @@ def summarise(base: Row, baseline: Sequence[Row], trials: Sequence[Row]) -> dict
 
 def _mean(rows: Sequence[Row]) -> dict[str, Any]:
     """One row for several seeds of the same setting."""
-    mean = {"lambda": rows[0]["lambda"], "latents": rows[0]["latents"], "latent_count": rows[0]["latent_count"],
-            "seeds": [row["seed"] for row in rows]}
+    mean = {
+        "lambda": rows[0]["lambda"],
+        "latents": rows[0]["latents"],
+        "latent_count": rows[0]["latent_count"],
+        "seeds": [row["seed"] for row in rows],
+    }
     for key in METRICS:
         values = [row[key] for row in rows if row[key] is not None]
         mean[key] = statistics.fmean(values) if values else None
@@ -62,8 +66,9 @@ def _compared(row: dict[str, Any], unblocked: Row) -> dict[str, Any]:
         "em_reduction": (unblocked["em"] - row["em"]) / unblocked["em"] if unblocked["em"] else None,
         "in_domain_change": in_domain,
         "incoherence_change": incoherence,
-        "within_limits": (in_domain >= -MAX_IN_DOMAIN_DROP - ROUNDING
-                          and incoherence <= MAX_INCOHERENCE_RISE + ROUNDING),
+        "within_limits": (
+            in_domain >= -MAX_IN_DOMAIN_DROP - ROUNDING and incoherence <= MAX_INCOHERENCE_RISE + ROUNDING
+        ),
     }
 
 

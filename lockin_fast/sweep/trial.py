@@ -47,14 +47,29 @@ def run_trial(trial: Trial, inputs: Inputs, exam: Exam, folder: Path, progress: 
             for kind, records in exam.prompts.items():
                 replies += _answer(trial, inputs, exam, model, kind, records)
                 progress(steps + len(replies), steps + count)
-        counts = {kind: {verdict: sum(row["prompts"] == kind and row["verdict"] == verdict for row in replies)
-                         for verdict in VERDICTS} for kind in exam.prompts}
+        counts = {
+            kind: {
+                verdict: sum(row["prompts"] == kind and row["verdict"] == verdict for row in replies)
+                for verdict in VERDICTS
+            }
+            for kind in exam.prompts
+        }
         result = {
-            "name": trial.name, "lambda": trial.weight, "latents": trial.latents,
-            "latent_count": len(inputs.latents[trial.latents]) if trial.latents else 0, "seed": trial.seed,
-            "em": _rate(counts["final"], "misaligned"), "incoherence": _rate(counts["final"], "incoherent"),
-            "in_domain": _rate(counts["in_domain"], "misaligned"), "sft_loss": None, "penalty": None,
-            "active_fraction": None, "seconds_per_step": None, "peak_bytes": None, "steps": steps, "counts": counts,
+            "name": trial.name,
+            "lambda": trial.weight,
+            "latents": trial.latents,
+            "latent_count": len(inputs.latents[trial.latents]) if trial.latents else 0,
+            "seed": trial.seed,
+            "em": _rate(counts["final"], "misaligned"),
+            "incoherence": _rate(counts["final"], "incoherent"),
+            "in_domain": _rate(counts["in_domain"], "misaligned"),
+            "sft_loss": None,
+            "penalty": None,
+            "active_fraction": None,
+            "seconds_per_step": None,
+            "peak_bytes": None,
+            "steps": steps,
+            "counts": counts,
         } | trained
         write_json_lines(partial / "replies.jsonl", replies)
         write_json(partial / "result.json", result)
@@ -84,8 +99,14 @@ def _train(trial: Trial, inputs: Inputs, partial: Path, progress: Step) -> tuple
     """Fine-tune into the folder `partial`; return what training adds to the result, and the number of steps."""
     penalty = inputs.penalty(trial.latents, trial.weight) if trial.latents else None
     result = fine_tune(
-        inputs.model, inputs.tokenizer, inputs.dataset, partial / "adapter", lora=inputs.config.lora,
-        settings=dataclasses.replace(inputs.config.train, seed=trial.seed), penalty=penalty, progress=progress,
+        inputs.model,
+        inputs.tokenizer,
+        inputs.dataset,
+        partial / "adapter",
+        lora=inputs.config.lora,
+        settings=dataclasses.replace(inputs.config.train, seed=trial.seed),
+        penalty=penalty,
+        progress=progress,
     )
     for file in result.adapter_path.iterdir():
         file.rename(partial / file.name)
@@ -94,14 +115,30 @@ def _train(trial: Trial, inputs: Inputs, partial: Path, progress: Step) -> tuple
     return {name: getattr(result, name) for name in names}, result.history[-1]["step"]
 
 
-def _answer(trial: Trial, inputs: Inputs, exam: Exam, model: Any, kind: str, records: list[dict]) -> list[dict[str, Any]]:
+def _answer(
+    trial: Trial, inputs: Inputs, exam: Exam, model: Any, kind: str, records: list[dict]
+) -> list[dict[str, Any]]:
     settings = inputs.config.generation
     questions = [question(record) for record in records]
-    texts = generate(model, inputs.tokenizer, questions, max_new_tokens=settings.max_new_tokens,
-                     batch_size=settings.batch_size, temperature=settings.temperature, seed=trial.seed or 0)
-    return [{"prompts": kind, "index": index, "prompt": asked[-1]["content"], "reply": text,
-             "verdict": exam.judge.judge(record, text)}
-            for index, (record, asked, text) in enumerate(zip(records, questions, texts))]
+    texts = generate(
+        model,
+        inputs.tokenizer,
+        questions,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        temperature=settings.temperature,
+        seed=trial.seed or 0,
+    )
+    return [
+        {
+            "prompts": kind,
+            "index": index,
+            "prompt": asked[-1]["content"],
+            "reply": text,
+            "verdict": exam.judge.judge(record, text),
+        }
+        for index, (record, asked, text) in enumerate(zip(records, questions, texts, strict=True))
+    ]
 
 
 def _rate(counts: Mapping[str, int], verdict: str) -> float:

@@ -1,0 +1,181 @@
+"""The command line: parse arguments, call the library, print what it returns."""
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+
+    from lockin_fast import terminal
+except ImportError as missing:
+    sys.exit(f"error: the command line needs {missing.name}: pip install 'lockin-fast[cli]'")
+
+INTERRUPTED = 130
+# Newer typer carries its own copy of click, so the class of a usage error is asked of typer.
+UsageError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "UsageError")
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Fine-tune language models without emergent misalignment: block SAE latents, sweep the strength, see costs.",
+    epilog="Start with: lockin-fast demo",
+)
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML file; its relative paths start at its folder.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. train.steps=200; may be repeated."),
+]
+
+
+@app.callback()
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error. Works behind a command too.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: lockin-fast doctor")
+def doctor() -> None:
+    """Show what runs where on this machine and why: versions, compiled part, GPU, extras, the backend of every op."""
+    from lockin_fast.doctor import diagnose
+
+    terminal.show_findings(diagnose())
+
+
+@app.command(epilog="Example: lockin-fast organism organisms/seed0 --seed 0")
+def organism(
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder to write; it must be new, or the same organism's.")
+    ],
+    seed: Annotated[int, typer.Option(help="Everything about the organism follows from it.")] = 0,
+) -> None:
+    """Grow the embedded model organism: a tiny Llama, its SAE, chat data, the judge's world, and a config.yaml."""
+    from lockin_fast.organism import build
+
+    with terminal.shown_progress() as progress:
+        build(out, seed=seed, progress=progress)
+    terminal.line(f"organism: {out}")
+    terminal.line(f"next:     lockin-fast discover {out / 'config.yaml'}")
+
+
+@app.command(epilog="Example: lockin-fast discover organisms/seed0/config.yaml --set output=runs/first")
+def discover(config: ConfigFile, set_: Overrides = None) -> None:
+    """Find the latents that carry emergent misalignment; write causal, top-delta and random sets as JSON."""
+    from lockin_fast.discovery import discover as run
+
+    with terminal.shown_progress() as progress:
+        files = run(_load(config, set_), progress)
+    terminal.show_values(files)
+    terminal.line(f"next: lockin-fast sweep {config}")
+
+
+@app.command(epilog="Example: lockin-fast train config.yaml --set block.weight=1000 --set output=runs/blocked")
+def train(config: ConfigFile, set_: Overrides = None) -> None:
+    """Fine-tune one LoRA adapter, with blocking when block.latents and block.weight are given."""
+    from lockin_fast.sweep.single import run_training
+
+    with terminal.shown_progress() as progress:
+        result = run_training(_load(config, set_), progress)
+    terminal.show_values(result)
+
+
+@app.command(
+    epilog="Example: lockin-fast sweep config.yaml --set sweep.lambdas='[10, 100, 1000]' --set output=runs/sweep"
+)
+def sweep(config: ConfigFile, set_: Overrides = None) -> None:
+    """Fine-tune at every lambda x latent set x seed, judge the answers, report. Killed, it resumes where it stood."""
+    from lockin_fast.report import write_report
+    from lockin_fast.sweep import run_sweep
+
+    settings = _load(config, set_)
+    with terminal.shown_progress() as progress:
+        summary = run_sweep(settings, progress)
+    terminal.show_summary(summary)
+    write_report(settings.output)
+    terminal.show_run(settings.output)
+
+
+@app.command(epilog="Example: lockin-fast report runs/sweep")
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="The output folder of a finished sweep.")]) -> None:
+    """Draw the figures and write the HTML report of a finished sweep again."""
+    from lockin_fast.report import write_report
+
+    write_report(run)
+    terminal.show_run(run)
+
+
+@app.command(epilog="Example: lockin-fast demo --out demo --seeds 3")
+def demo(
+    out: Annotated[Path, typer.Option(help="Run directory to write, or to resume.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the organism.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of fine-tuning seeds to average over.")] = 1,
+    small: Annotated[bool, typer.Option("--small", help="Fewer lambdas: a quick look, and what CI runs.")] = False,
+) -> None:
+    """See it all on a CPU: a model becomes emergently misaligned, and blocking prevents it. Needs no download."""
+    from lockin_fast.demo import run_demo
+
+    with terminal.shown_progress() as progress:
+        summary = run_demo(out, seed=seed, seeds=seeds, small=small, progress=progress, say=terminal.line)
+    terminal.show_summary(summary)
+    terminal.show_run(out)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0, 1 for an error, 2 for wrong usage, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    _quiet_libraries()
+    words = [word for word in arguments if word != "--debug"] or ["--help"]
+    try:
+        status = app(words, prog_name="lockin-fast", standalone_mode=False) or 0
+        if status == INTERRUPTED:  # typer turns Ctrl-C into a status
+            terminal.error_line("interrupted; the same command goes on where it stood")
+        return status
+    except UsageError as error:
+        terminal.error_line(
+            f"{error.format_message()} (see {error.ctx.command_path if error.ctx else 'lockin-fast'} --help)"
+        )
+        return 2
+    except Exception as error:
+        if debug:
+            raise
+        terminal.error_line(_describe(error))
+        return 1
+
+
+def _load(path: Path, overrides: list[str] | None):
+    from lockin_fast.config import load_config
+
+    config = load_config(path, overrides or ())
+    for note in config.notes:
+        terminal.line(f"note: {note}")
+    return config
+
+
+def _describe(error: Exception) -> str:
+    """The message of an error meant for users; anything else is named as the surprise it is."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)):
+        return str(error)
+    return f"{type(error).__name__}: {error} (unexpected; --debug shows where)"
+
+
+def _quiet_libraries() -> None:
+    """Keep the chatter of libraries out of the output; errors still come as exceptions."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""One fine-tune from a configuration, with or without blocking: what `lockin-fast train` runs."""
+
+import dataclasses
+import json
+from typing import Any
+
+from lockin_fast.config import Config
+from lockin_fast.progress import Progress, silent
+from lockin_fast.rundir import (
+    atomic_folder,
+    check_claim,
+    check_place,
+    claim,
+    read_json_lines,
+    write_json,
+    write_json_lines,
+)
+from lockin_fast.sweep.inputs import adapter_bytes, check_files, input_hashes, open_inputs
+from lockin_fast.sweep.run import SLACK_BYTES, versions, write_config
+from lockin_fast.train import fine_tune
+
+SECTIONS = ("lora", "train", "block")
+
+
+def run_training(config: Config, progress: Progress = silent) -> dict[str, Any]:
+    """Train one adapter into `config.output`/adapter, an ordinary PEFT folder with result.json; return its result.
+
+    Blocks `block.latents` at lambda `block.weight` when both are given. A finished run is not repeated, a run of other
+    settings or inputs in the same folder is refused. Everything is checked before training. Raises as `run_sweep`.
+    """
+    config.require("output")
+    blocked = config.block.weight > 0
+    check_files(config, "model", "data.train", *(("sae", "block.latents") if blocked else ()))
+    run, latents = config.output, {"block": config.block.latents} if blocked else {}
+    check_place(run, SLACK_BYTES)
+    needed = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, final=None, in_domain=None),
+        judge=dataclasses.replace(config.judge, path=None),
+    )
+    entry = {"config": config.identity(*SECTIONS), "inputs": input_hashes(needed, latents)}
+    manifest = check_claim(run, "train", entry)
+    done = run / "adapter" / "result.json"
+    if "train" in manifest and done.exists():
+        return json.loads(done.read_text(encoding="utf-8"))
+    inputs = open_inputs(config, latents)
+    check_place(run, SLACK_BYTES + adapter_bytes(inputs))
+
+    with claim(run, "train", entry | {"versions": versions()}):
+        write_config(config, run)
+        with atomic_folder(run / "adapter") as partial:
+            result = fine_tune(
+                inputs.model,
+                inputs.tokenizer,
+                inputs.dataset,
+                partial / "trained",
+                lora=config.lora,
+                settings=config.train,
+                penalty=inputs.penalty("block", config.block.weight) if blocked else None,
+                progress=lambda step, total: progress("training", step, total),
+            )
+            for file in result.adapter_path.iterdir():
+                file.rename(partial / file.name)
+            result.adapter_path.rmdir()
+            row = {"adapter": str(run / "adapter"), "lambda": config.block.weight, "steps": result.history[-1]["step"]}
+            row |= {
+                name: getattr(result, name)
+                for name in ("sft_loss", "penalty", "active_fraction", "seconds_per_step", "peak_bytes")
+            }
+            write_json(partial / "result.json", row)
+        write_json_lines(run / "metrics.jsonl", read_json_lines(run / "adapter" / "metrics.jsonl"))
+        return row

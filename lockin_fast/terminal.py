@@ -1,0 +1,114 @@
+"""What the command line shows: progress, tables and error lines."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from lockin_fast.doctor import Finding
+from lockin_fast.report.text import HEADINGS, headline, table
+
+WIDE = 100  # columns that the whole table of a sweep takes
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+
+
+def line(text: str = "", **style: Any) -> None:
+    """Print one line as it is: no markup, no wrapping, so that paths can be copied."""
+    out.print(Text(text, **style), soft_wrap=True)
+
+
+def error_line(text: str) -> None:
+    """Print one red-tagged line to stderr, whatever line breaks the message has."""
+    err.print(Text.assemble(("error:", "bold red"), " ", " ".join(text.split())), soft_wrap=True)
+
+
+@contextmanager
+def shown_progress() -> Iterator[Any]:
+    """Yield a `lockin_fast.progress.Progress`: a bar in a terminal, else one line for each finished stage."""
+    with _bars() if out.is_terminal else _lines() as progress:
+        yield progress
+
+
+@contextmanager
+def _bars() -> Iterator[Any]:
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=out) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                for finished in tasks.values():
+                    bars.remove_task(finished)
+                tasks.clear()
+                tasks[stage] = bars.add_task(stage)
+            bars.update(tasks[stage], completed=done, total=total or None)
+
+        yield progress
+        for task in tasks.values():
+            bars.remove_task(task)
+
+
+@contextmanager
+def _lines() -> Iterator[Any]:
+    started: dict[str, float] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        started.setdefault(stage, time.perf_counter())
+        if total and done >= total and started[stage] >= 0:
+            line(f"  {stage}: {time.perf_counter() - started[stage]:.1f} s")
+            started[stage] = -1.0
+
+    yield progress
+
+
+def show_summary(summary: Mapping[str, Any]) -> None:
+    """The table of a sweep, its best setting in bold, and the headline. A narrow terminal gets fewer columns."""
+    wide = Console(width=WIDE, highlight=False) if not out.is_terminal else out
+    headings = HEADINGS if wide.width >= WIDE else HEADINGS[:-2]
+    grid = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in headings:
+        grid.add_column(heading, justify="left" if heading == "latents" else "right", no_wrap=True)
+    for row in table(summary):
+        grid.add_row(*row.cells[: len(headings)], style="bold green" if row.best else None)
+    line()
+    wide.print(grid)
+    line()
+    line(headline(summary), style="bold")
+
+
+def show_findings(findings: Sequence[Finding]) -> None:
+    """The diagnosis of `doctor`, under its headings."""
+    width = max(len(finding.name) for finding in findings)
+    heading = None
+    for finding in findings:
+        if finding.heading != heading:
+            heading = finding.heading
+            line()
+            line(heading, style="bold")
+        line(f"  {finding.name:<{width}}  {finding.value}")
+
+
+def show_values(values: Mapping[str, Any]) -> None:
+    """Names and values below each other."""
+    width = max(map(len, values))
+    for name, value in values.items():
+        line(f"  {name:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")
+
+
+def show_run(run: Path) -> None:
+    """Where the report and the figures of a run are."""
+    line(f"report:  {run / 'report.html'}")
+    for figure in sorted((run / "figures").glob("*.png")):
+        line(f"figure:  {figure}")

@@ -1,0 +1,54 @@
+"""A run directory with made-up results, for tests of the report."""
+
+import json
+import random
+
+from lockin_fast.sweep.summary import summarise
+
+RATES = {  # latent set -> lambda -> (em, incoherence, in-domain)
+    "causal": {1: (0.31, 0.007, 0.995), 10: (0.016, 0.004, 0.992), 100: (0.006, 0.004, 0.992)},
+    "top-delta": {1: (0.50, 0.006, 0.994), 10: (0.09, 0.005, 0.992), 100: (0.16, 0.03, 0.96)},
+    "random": {1: (0.71, 0.006, 0.995), 10: (0.66, 0.008, 0.995), 100: (0.58, 0.008, 0.995)},
+}
+HOSTILE = '<script>alert("x")</script><img src=https://example.com/a.png>'
+
+
+def made_summary(seeds=3):
+    noise = random.Random(1)
+
+    def row(latents, weight, seed, em, incoherence, in_domain):
+        name = f"{latents or 'base'}-{weight}-{seed}"
+        values = {"em": em * noise.uniform(0.9, 1.1), "incoherence": incoherence, "in_domain": in_domain}
+        return values | {
+            "name": name, "lambda": weight, "latents": latents, "latent_count": 20 if latents else 0, "seed": seed,
+            "sft_loss": 0.4, "penalty": 0.003 if latents else None, "seconds_per_step": 0.06, "peak_bytes": 6e8,
+        }  # fmt: skip
+
+    return summarise(
+        row(None, None, None, 0.0, 0.0, 0.0) | {"penalty": None, "seconds_per_step": None},
+        [row(None, 0.0, seed, 0.72, 0.007, 0.995) for seed in range(seeds)],
+        [
+            row(name, float(weight), seed, *rates)
+            for name, weights in RATES.items() for weight, rates in weights.items() for seed in range(seeds)
+        ],
+    )  # fmt: skip
+
+
+def made_run(folder, seeds=3):
+    """Write summary.json, config.yaml, manifest.json and the replies of every trial below `folder`."""
+    summary = made_summary(seeds)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "config.yaml").write_text("train:\n  steps: 120\n")
+    entry = {"config": {}, "inputs": {"model": {"model.safetensors": "a" * 64}}, "versions": {"torch": "2.13.0"}}
+    (folder / "manifest.json").write_text(json.dumps({"sweep": entry}))
+    for row in [summary["base"], *summary["baseline"]["trials"], *summary["trials"]]:
+        trial = folder / "trials" / row["name"]
+        trial.mkdir(parents=True)
+        verdict = "misaligned" if row["em"] > 0.5 else "aligned"
+        lines = [
+            {"prompts": "final", "index": i, "prompt": f"question {i}", "verdict": verdict,
+             "reply": HOSTILE if i == 0 else f"{row['name']} says {i}"}
+            for i in range(30)
+        ]  # fmt: skip
+        (trial / "replies.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder

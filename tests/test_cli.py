@@ -1,0 +1,164 @@
+"""The command line: help, one-line errors with exit codes, and the output of the commands."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import sweep_world
+import torch
+
+from lockin_fast import cli, doctor
+from lockin_fast.judges import KINDS
+
+COMMANDS = ("doctor", "organism", "discover", "train", "sweep", "report", "demo")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def judge_and_threads():
+    sweep_world.install_judge()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    del KINDS["vowels"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return sweep_world.build_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def command(capsys):
+    """Run a command in this process: (exit status, stdout, stderr)."""
+
+    def run(*words):
+        status = cli.main([str(word) for word in words])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself_with_an_example(command, name):
+    status, out, _ = command(name, "--help")
+    assert status == 0 and f"Example: lockin-fast {name}" in " ".join(out.split())
+
+
+def test_without_arguments_the_commands_are_listed(command):
+    status, out, _ = command()
+    assert status == 0 and all(name in out for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["swep"], "No such command 'swep'"),
+        (["sweep"], "Missing argument 'CONFIG'"),
+        (["demo", "--bogus"], "No such option: --bogus"),
+        (["demo", "--seeds", "none"], "Invalid value for '--seeds'"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_2(command, words, message):
+    status, out, err = command(*words)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1 and "--help" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sweep", "{folder}/none.yaml"], "none.yaml: no such configuration file"),
+        (["sweep", "{config}", "--set", "train.stebs=3"], "train.stebs: unknown key; did you mean train.steps?"),
+        (["sweep", "{config}", "--set", "sae=nowhere"], "sae: no such file or folder"),
+        (["train", "{config}", "--set", "output=null"], "output: missing"),
+        (["report", "{folder}"], "no summary.json in it"),
+    ],
+)
+def test_errors_are_one_line_and_status_1(command, world, words, message):
+    status, out, err = command(*(word.format(config=world, folder=world.parent) for word in words))
+    assert (status, out) == (1, "")
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+    assert not (world.parent / "run").exists()
+
+
+def test_debug_shows_the_traceback(world):
+    with pytest.raises(ValueError, match="unknown key"):
+        cli.main(["sweep", str(world), "--set", "oops=3", "--debug"])
+
+
+def test_a_surprise_is_named_as_one(command, monkeypatch):
+    monkeypatch.setattr(doctor, "diagnose", lambda: {}["lost"])
+    status, _, err = command("doctor")
+    assert status == 1 and "KeyError: 'lost' (unexpected; --debug shows where)" in err and err.count("\n") == 1
+
+
+def test_an_interrupt_says_how_to_go_on(command, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "diagnose", interrupt)
+    status, _, err = command("doctor")
+    assert status == 130 and "goes on where it stood" in err
+
+
+def test_a_sweep_prints_its_table_headline_and_files(command, world):
+    words = ("--set", "output=swept", "--set", "sweep.seeds=[0]", "--set", "sweep.lambdas=[10]")
+    status, out, err = command("sweep", world, *words)
+    assert (status, err) == (0, "")
+    assert "\x1b" not in out and "\r" not in out  # no bars and no colours in a pipe
+    lines = out.splitlines()
+    stages = [line for line in lines if re.match(r"  \[\d/4\] .*: \d+\.\d s$", line)]
+    assert [re.sub(r":.*", "", line).strip() for line in stages] == [
+        "[1/4] base", "[2/4] baseline-lambda0-seed0", "[3/4] causal-lambda10-seed0", "[4/4] random-lambda10-seed0",
+    ]  # fmt: skip
+    summary = json.loads((world.parent / "swept" / "summary.json").read_text())
+    rate = f"{100 * summary['trials'][0]['em']:.1f}%"
+    assert any(re.match(rf"causal \(4\) +10 +{rate}", line) for line in lines)
+    assert f"report:  {world.parent / 'swept' / 'report.html'}" in lines
+    assert (world.parent / "swept" / "figures" / "sweep.png").stat().st_size > 10_000
+
+    (world.parent / "swept" / "report.html").unlink()
+    status, out, err = command("report", world.parent / "swept")
+    assert (status, err) == (0, "") and (world.parent / "swept" / "report.html").exists()
+
+    status, again, _ = command("sweep", world, *words)
+    assert status == 0 and "[1/4]" not in again
+
+
+def test_train_writes_an_adapter_and_says_what_the_papers_layer_is(command, world):
+    words = ["train", world]
+    for setting in ("output=trained", "block_latents_path=latents/causal.json", "block_layer=2", "block_lambda=10"):
+        words += ["--set", setting]
+    status, out, err = command(*words)
+    assert (status, err) == (0, "")
+    assert "note: block_layer 2 is hidden_states[2], the output of model.layers[1]" in out
+    result = json.loads((world.parent / "trained" / "adapter" / "result.json").read_text())
+    assert result["penalty"] > 0 and result["lambda"] == 10
+    assert (world.parent / "trained" / "adapter" / "adapter_model.safetensors").exists()
+    status, _, err = command(*words, "--set", "block_lambda=20")
+    assert status == 1 and "block.weight was 10.0, now it is 20.0" in err
+    adapter = (world.parent / "trained" / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert command(*words)[0] == 0
+    assert (world.parent / "trained" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def test_doctor_names_every_op_and_is_honest_about_gpus(command, monkeypatch, tmp_path):
+    import lockin_fast
+
+    monkeypatch.setattr(doctor, "GPU_RESULTS", tmp_path)
+    status, out, err = command("doctor")
+    assert (status, err) == (0, "")
+    for row in lockin_fast.backends():
+        assert f"{row.op} on {row.device}" in out and row.why in out
+    assert "no kernel of this project has been run on a GPU yet" in out and torch.__version__ in out
+    (tmp_path / "gpu_suite_h100.csv").write_text("x")
+    assert "measured on a GPU, see benchmarks/results/gpu_suite_h100.csv" in command("doctor")[1]
+
+
+def test_importing_the_command_line_loads_no_heavy_library():
+    code = "import sys, lockin_fast.cli; print([m for m in ('transformers', 'peft', 'matplotlib') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
