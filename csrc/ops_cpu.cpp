@@ -6,10 +6,13 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
+#include <new>
 #include <optional>
 #include <tuple>
+#include <utility>
 
 #include "cpu/huge_pages.h"
 #include "cpu/isa.h"
@@ -23,8 +26,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-#define LOCKIN_FAST_KERNELS(unit) \
-  Kernels { unit::encode_latents, unit::block_penalty, unit::widen, unit::latent_backward }
+#define LOCKIN_FAST_KERNELS(unit)                                                                         \
+  Kernels {                                                                                               \
+    unit::pack_units, unit::pack, unit::encode_latents, unit::block_penalty, unit::pack_panel_units,      \
+        unit::pack_panels, unit::latent_backward                                                          \
+  }
 
 Kernels kernels_of(Isa isa) {
   switch (isa) {
@@ -87,9 +93,21 @@ void for_token_tiles(int64_t tokens, const Body& body) {
   });
 }
 
+// Room for a packed weight, aligned to a cache line.
+struct Room {
+  explicit Room(int64_t bytes) : data(static_cast<char*>(::operator new(static_cast<size_t>(bytes), alignment))) {}
+  Room(Room&& other) noexcept : data(std::exchange(other.data, nullptr)) {}
+  ~Room() { ::operator delete(data, alignment); }
+  static constexpr std::align_val_t alignment{64};
+  char* data;
+};
+
+int64_t padded(int64_t width) { return (width + kWidthPadding - 1) / kWidthPadding * kWidthPadding; }
+
 // Keeps what EncodeArgs points at alive.
 struct Encode {
   Tensor h, weight;
+  Room room;
   EncodeArgs args;
 };
 
@@ -100,7 +118,8 @@ Encode encode_args(const Tensor& h, const Tensor& weight, const Tensor& bias, co
   const int64_t latents = weight.size(0);
   check_matrix(weight, "weight", latents, h.size(1));
   check_same_dtype(weight, "weight", h, "h");
-  Encode encode{with_contiguous_rows(h), with_contiguous_rows(weight), {}};
+  Room room(latents * padded(h.size(1)) * static_cast<int64_t>(h.element_size()));
+  Encode encode{with_contiguous_rows(h), with_contiguous_rows(weight), std::move(room), {}};
   encode.args = {dtype_of(h, "h"),
                  encode.h.const_data_ptr(),
                  encode.h.stride(0),
@@ -110,7 +129,11 @@ Encode encode_args(const Tensor& h, const Tensor& weight, const Tensor& bias, co
                  float_vector(threshold, "threshold", latents),
                  latents,
                  h.size(1),
+                 encode.room.data,
                  static_cast<float*>(out->mutable_data_ptr())};
+  const Kernels& kernel = kernels();
+  torch::stable::parallel_for(0, kernel.pack_units(encode.args), 8,
+                              [&](int64_t first, int64_t last) { kernel.pack(encode.args, first, last); });
   return encode;
 }
 
@@ -193,17 +216,14 @@ void add_latent_gradient(const Tensor* grad, Tensor* out, const Tensor& coeffici
   args.out_stride = out->stride(0);
   args.coefficient = static_cast<const float*>(rows.const_data_ptr());
   args.scale = float_vector(scale, "scale", tokens);
+  args.weight = dense_weight.const_data_ptr();
+  args.weight_stride = dense_weight.stride(0);
+  const Room panels(latents * padded(width) * static_cast<int64_t>(sizeof(float)));
+  args.panels = reinterpret_cast<float*>(panels.data);
   args.latents = latents;
   args.width = width;
-
-  // W is widened once a call: every token reads it again and again.
-  const std::unique_ptr<float[]> wide(new float[latents * width]);
-  const char* from = static_cast<const char*>(dense_weight.const_data_ptr());
-  const int64_t row_bytes = dense_weight.stride(0) * static_cast<int64_t>(weight.element_size());
-  torch::stable::parallel_for(0, latents, 8, [&](int64_t first, int64_t last) {
-    for (int64_t k = first; k < last; ++k) kernel.widen(dtype, from + k * row_bytes, wide.get() + k * width, width);
-  });
-  args.weight = wide.get();
+  torch::stable::parallel_for(0, kernel.pack_panel_units(args), 8,
+                              [&](int64_t first, int64_t last) { kernel.pack_panels(args, first, last); });
   for_token_tiles(tokens, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> values(new float[2 * kTokenTile * latents]);
     const std::unique_ptr<int32_t[]> indices(new int32_t[2 * kTokenTile * latents]);

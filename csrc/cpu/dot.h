@@ -1,8 +1,11 @@
 // Pre-activations of a few token rows against all latent rows: out[r][k] = rows[r] . weight[k], fp32 accumulation.
 //
-// A register tile holds kRows x C accumulators, so that every loaded operand serves several products. Row chunks of
-// kChunkBytes stay in L1 while the latent rows stream past from L2, and the next rows are fetched meanwhile. One
-// (row, latent) pair is always summed in the same order, whatever tile it falls into.
+// A register tile holds kRows x C accumulators, so that every loaded operand serves several products. The rows stay in
+// cache while the packed latent rows stream past from L2, and the next rows are fetched meanwhile, one after the other:
+// a chunk of a whole row measured best, for it reads memory in order. One (row, latent) pair is always summed in the
+// kChunkBytes stay in L1 while the packed latent rows stream past from L2, and the next rows are fetched meanwhile. One
+// (row, latent) pair is always summed in the same order, whatever tile it falls into; sums are kept per chunk first,
+// which bounds their rounding error.
 #pragma once
 
 #include "kernels.h"
@@ -17,7 +20,7 @@ constexpr int kRows = 4, kColumns = 5;  // 20 accumulators of 32 registers
 constexpr int kRows = 2, kColumns = 4;  // 8 accumulators of 16 registers
 #endif
 constexpr int kGroups = 8;  // column groups whose accumulators are kept between chunks
-constexpr int64_t kChunkBytes = 2048;
+constexpr int64_t kChunkBytes = 8192;
 constexpr int64_t kLineBytes = 64;
 
 template <class T>
@@ -30,47 +33,84 @@ LOCKIN_FAST_LOCAL void prefetch(const void* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kLineBytes) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
 }
 
+constexpr int64_t padded_width(int64_t width) { return (width + kWidthPadding - 1) / kWidthPadding * kWidthPadding; }
+
+LOCKIN_FAST_LOCAL int columns_from(int64_t k, int64_t latents) {
+  return static_cast<int>(latents - k < kColumns ? latents - k : kColumns);
+}
+
+// Packs the latent rows of column groups [first, last): within a group, step by step along the width, the operands of
+// its C latents side by side; zeros past the width. Rows a power of two apart would otherwise compete for the same
+// cache sets.
+template <class T>
+void pack_groups(const EncodeArgs& args, T* packed, int64_t first, int64_t last) {
+  constexpr int64_t step = DotOperand<T>::step;
+  const T* weight = static_cast<const T*>(args.weight);
+  for (int64_t k = first * kColumns; k < last * kColumns && k < args.latents; k += kColumns) {
+    const int columns = columns_from(k, args.latents);
+    T* group = packed + k * padded_width(args.width);
+    for (int64_t i = 0; i < args.width; i += step) {
+      const int64_t n = args.width - i < step ? args.width - i : step;
+      for (int c = 0; c < columns; ++c, group += step) {
+        memcpy(group, weight + (k + c) * args.weight_stride + i, static_cast<size_t>(n) * sizeof(T));
+        memset(group + n, 0, static_cast<size_t>(step - n) * sizeof(T));
+      }
+    }
+  }
+}
+
 template <int C, class T>
-LOCKIN_FAST_LOCAL void accumulate_tile(const Rows<T>& rows, int64_t offset, const T* weight, int64_t weight_stride,
-                                       int64_t n, Vec* state) {
+LOCKIN_FAST_LOCAL void accumulate_tile(const Rows<T>& rows, int64_t offset, const T* packed, int64_t n,
+                                       const T* ahead, Vec* state) {
   using Operand = DotOperand<T>;
+  const T* row[kRows];
+  for (int r = 0; r < kRows; ++r) row[r] = rows.row[r] + offset;
   Vec acc[kRows][C];
   for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < C; ++c) acc[r][c] = state[r * C + c];
+    for (int c = 0; c < C; ++c) acc[r][c] = zeros();
   }
   int64_t i = 0;
-  for (; i + Operand::step <= n; i += Operand::step) {
+  for (; i + Operand::step <= n; i += Operand::step, packed += C * Operand::step) {
+    __builtin_prefetch(ahead + i, 0, 2);
     Operand w[C];
-    for (int c = 0; c < C; ++c) w[c] = Operand::read(weight + c * weight_stride + i);
+    for (int c = 0; c < C; ++c) w[c] = Operand::read(packed + c * Operand::step);
     for (int r = 0; r < kRows; ++r) {
-      const Operand x = Operand::read(rows.row[r] + offset + i);
+      const Operand x = Operand::read(row[r] + i);
       for (int c = 0; c < C; ++c) acc[r][c] = multiply_add(x, w[c], acc[r][c]);
     }
   }
   if (i < n) {
-    for (int c = 0; c < C; ++c) {
-      const Operand w = Operand::read_first(weight + c * weight_stride + i, n - i);
-      for (int r = 0; r < kRows; ++r) {
-        acc[r][c] = multiply_add(Operand::read_first(rows.row[r] + offset + i, n - i), w, acc[r][c]);
-      }
+    for (int r = 0; r < kRows; ++r) {
+      const Operand x = Operand::read_first(row[r] + i, n - i);
+      for (int c = 0; c < C; ++c) acc[r][c] = multiply_add(x, Operand::read(packed + c * Operand::step), acc[r][c]);
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < C; ++c) state[r * C + c] = acc[r][c];
+    for (int c = 0; c < C; ++c) state[r * C + c] = add(state[r * C + c], acc[r][c]);
   }
 }
 
-template <class T>
-LOCKIN_FAST_LOCAL void accumulate(int columns, const Rows<T>& rows, int64_t offset, const T* weight,
-                                  int64_t weight_stride, int64_t n, Vec* state) {
-  switch (columns) {
-    case 1: return accumulate_tile<1>(rows, offset, weight, weight_stride, n, state);
-    case 2: return accumulate_tile<2>(rows, offset, weight, weight_stride, n, state);
-    case 3: return accumulate_tile<3>(rows, offset, weight, weight_stride, n, state);
+// sums[r] = the sum of the lanes of state[r * stride], in the same order for every row.
+LOCKIN_FAST_LOCAL void sum_rows(const Vec* state, int stride, float* sums) {
 #if LOCKIN_FAST_LEVEL >= 3
-    case 4: return accumulate_tile<4>(rows, offset, weight, weight_stride, n, state);
+  store_sums(state[0], state[stride], state[2 * stride], state[3 * stride], sums);
+#else
+  for (int r = 0; r < kRows; ++r) sums[r] = sum(state[r * stride]);
 #endif
-    default: return accumulate_tile<kColumns>(rows, offset, weight, weight_stride, n, state);
+}
+
+template <class T>
+LOCKIN_FAST_LOCAL void accumulate(int columns, const Rows<T>& rows, int64_t offset, const T* packed, int64_t n,
+                                  const T* ahead, Vec* state) {
+  packed += offset * columns;
+  switch (columns) {
+    case 1: return accumulate_tile<1>(rows, offset, packed, n, ahead, state);
+    case 2: return accumulate_tile<2>(rows, offset, packed, n, ahead, state);
+    case 3: return accumulate_tile<3>(rows, offset, packed, n, ahead, state);
+#if LOCKIN_FAST_LEVEL >= 3
+    case 4: return accumulate_tile<4>(rows, offset, packed, n, ahead, state);
+#endif
+    default: return accumulate_tile<kColumns>(rows, offset, packed, n, ahead, state);
   }
 }
 
@@ -78,7 +118,7 @@ LOCKIN_FAST_LOCAL void accumulate(int columns, const Rows<T>& rows, int64_t offs
 template <class T>
 void row_products(const EncodeArgs& args, const Rows<T>& rows, const Rows<T>& next, float* const* out) {
   constexpr int64_t chunk = kChunkBytes / static_cast<int64_t>(sizeof(T));
-  const T* weight = static_cast<const T*>(args.weight);
+  const T* packed = static_cast<const T*>(args.packed);
   Vec state[kGroups][kRows * kColumns];
   for (int64_t k0 = 0; k0 < args.latents; k0 += kGroups * kColumns) {
     const int64_t left = args.latents - k0 < kGroups * kColumns ? args.latents - k0 : kGroups * kColumns;
@@ -89,19 +129,22 @@ void row_products(const EncodeArgs& args, const Rows<T>& rows, const Rows<T>& ne
     for (int64_t offset = 0; offset < args.width; offset += chunk) {
       const int64_t n = args.width - offset < chunk ? args.width - offset : chunk;
       for (int g = 0; g < groups; ++g) {
-        if (k0 == 0) {
-          for (int r = g; r < next.count; r += groups) prefetch(next.row[r] + offset, n * sizeof(T));
-        }
+        // Each group fetches its share of the next rows, a line a step; a few groups have more than one row to fetch.
+        const bool fetches = k0 == 0 && g < next.count;
+        for (int r = g + groups; fetches && r < next.count; r += groups) prefetch(next.row[r] + offset, n * sizeof(T));
+        const T* ahead = (fetches ? next.row[g] : rows.row[0]) + offset;
         const int64_t k = k0 + g * kColumns;
-        const int columns = static_cast<int>(args.latents - k < kColumns ? args.latents - k : kColumns);
-        accumulate(columns, rows, offset, weight + k * args.weight_stride + offset, args.weight_stride, n, state[g]);
+        const T* group = packed + k * padded_width(args.width);
+        accumulate(columns_from(k, args.latents), rows, offset, group, n, ahead, state[g]);
       }
     }
     for (int g = 0; g < groups; ++g) {
       const int64_t k = k0 + g * kColumns;
-      const int columns = static_cast<int>(args.latents - k < kColumns ? args.latents - k : kColumns);
-      for (int r = 0; r < rows.count; ++r) {
-        for (int c = 0; c < columns; ++c) out[r][k + c] = sum(state[g][r * columns + c]);
+      const int columns = columns_from(k, args.latents);
+      for (int c = 0; c < columns; ++c) {
+        float sums[kRows];
+        sum_rows(&state[g][c], columns, sums);
+        for (int r = 0; r < rows.count; ++r) out[r][k + c] = sums[r];
       }
     }
   }

@@ -33,6 +33,16 @@ void encode(const EncodeArgs& args, int64_t begin, int64_t end) {
 
 namespace LOCKIN_FAST_UNIT {
 
+int64_t pack_units(const EncodeArgs& args) { return (args.latents + kColumns - 1) / kColumns; }
+
+void pack(const EncodeArgs& args, int64_t first, int64_t last) {
+  switch (args.dtype) {
+    case Dtype::f32: return pack_groups(args, static_cast<float*>(args.packed), first, last);
+    case Dtype::f16: return pack_groups(args, static_cast<f16*>(args.packed), first, last);
+    case Dtype::bf16: return pack_groups(args, static_cast<bf16*>(args.packed), first, last);
+  }
+}
+
 void encode_latents(const EncodeArgs& args, int64_t begin, int64_t end) {
   switch (args.dtype) {
     case Dtype::f32: return encode<float>(args, begin, end);

@@ -20,6 +20,7 @@ struct EncodeArgs {
   const float* threshold;  // [K] or null
   int64_t latents;         // K
   int64_t width;           // d
+  void* packed;            // [K, padded d] room for the packed weight, of dtype
   float* out;              // [T, K] latents; block_penalty writes its coefficients here
 };
 
@@ -43,20 +44,29 @@ struct LatentBackwardArgs {
   int64_t out_stride;
   const float* coefficient;  // [T, K]
   const float* scale;        // [T]
-  const float* weight;       // [K, d] in fp32, contiguous
+  const void* weight;        // [K, d]
+  int64_t weight_stride;
+  float* panels;             // [K, padded d] room for the packed weight, in fp32
   int64_t latents;
   int64_t width;
 };
 
 // Tokens a kernel takes at a time; the caller's grain is a multiple of it.
-constexpr int64_t kTokenTile = 16;
+constexpr int64_t kTokenTile = 32;
 constexpr int64_t kPenaltyScratch = 5;
 
+// A packed weight has its width rounded up to this.
+constexpr int64_t kWidthPadding = 256;
+
 struct Kernels {
+  // First the packing, once a call: every token reads the weight again and again.
+  int64_t (*pack_units)(const EncodeArgs&);
+  void (*pack)(const EncodeArgs&, int64_t first, int64_t last);
   void (*encode_latents)(const EncodeArgs&, int64_t begin, int64_t end);
   // Returns the number of active pairs; scratch holds kPenaltyScratch * K floats.
   int64_t (*block_penalty)(const BlockPenaltyArgs&, int64_t begin, int64_t end, float* scratch);
-  void (*widen)(Dtype, const void* from, float* to, int64_t n);
+  int64_t (*pack_panel_units)(const LatentBackwardArgs&);
+  void (*pack_panels)(const LatentBackwardArgs&, int64_t first, int64_t last);
   // values and indices hold 2 * kTokenTile * K elements each.
   void (*latent_backward)(const LatentBackwardArgs&, int64_t begin, int64_t end, float* values, int32_t* indices);
 };

@@ -9,7 +9,7 @@
 namespace lockin_fast {
 namespace {
 
-constexpr int64_t kPanel = 256;
+constexpr int64_t kPanel = kWidthPadding;
 #if LOCKIN_FAST_LEVEL >= 3
 constexpr int kStrip = 16;  // accumulators a token holds in registers
 #else
@@ -36,47 +36,46 @@ void gather_factors(const LatentBackwardArgs& args, int64_t begin, int64_t end, 
       const float factor = scale * coefficient[k];
       values[count] = factor;
       indices[count] = static_cast<int32_t>(k);
-      count += factor != 0.0f;  // true for NaN
+      count += (coefficient[k] != 0.0f) & (factor != 0.0f);  // a zero coefficient adds nothing, even under a NaN scale
     }
     tile->counts[i] = count;
   }
 }
 
 template <int Strip, class T>
-LOCKIN_FAST_LOCAL void update_strip(const float* values, const int32_t* indices, int64_t count, const float* weight,
-                                    int64_t weight_stride, const T* grad, T* out) {
+LOCKIN_FAST_LOCAL void update_strip(const float* values, const int32_t* indices, int64_t count, const float* panel,
+                                    const T* grad, T* out) {
   Vec acc[Strip];
   for (int i = 0; i < Strip; ++i) acc[i] = grad ? load(grad + i * Vec::width) : zeros();
   for (int64_t j = 0; j < count; ++j) {
     const Vec factor = splat(values[j]);
-    const float* row = weight + indices[j] * weight_stride;
+    const float* row = panel + indices[j] * kPanel;
     for (int i = 0; i < Strip; ++i) acc[i] = fma(factor, load(row + i * Vec::width), acc[i]);
   }
   for (int i = 0; i < Strip; ++i) store(out + i * Vec::width, acc[i]);
 }
 
 template <class T>
-LOCKIN_FAST_LOCAL void update_rest(const float* values, const int32_t* indices, int64_t count, const float* weight,
-                                   int64_t weight_stride, const T* grad, T* out, int64_t n) {
+LOCKIN_FAST_LOCAL void update_rest(const float* values, const int32_t* indices, int64_t count, const float* panel,
+                                   const T* grad, T* out, int64_t n) {
   Vec acc = grad ? load_first(grad, n) : zeros();
   for (int64_t j = 0; j < count; ++j) {
-    acc = fma(splat(values[j]), load_first(weight + indices[j] * weight_stride, n), acc);
+    acc = fma(splat(values[j]), load(panel + indices[j] * kPanel), acc);
   }
   store_first(out, acc, n);
 }
 
 template <class T>
-LOCKIN_FAST_LOCAL void update_panel(const LatentBackwardArgs& args, const float* values, const int32_t* indices,
-                                    int64_t count, int64_t column, int64_t n, const T* grad, T* out) {
-  const float* weight = args.weight + column;
+LOCKIN_FAST_LOCAL void update_panel(const float* values, const int32_t* indices, int64_t count, const float* panel,
+                                    int64_t n, const T* grad, T* out) {
   int64_t i = 0;
   for (; i + kStrip * Vec::width <= n; i += kStrip * Vec::width) {
-    update_strip<kStrip>(values, indices, count, weight + i, args.width, grad ? grad + i : nullptr, out + i);
+    update_strip<kStrip>(values, indices, count, panel + i, grad ? grad + i : nullptr, out + i);
   }
   for (; i + Vec::width <= n; i += Vec::width) {
-    update_strip<1>(values, indices, count, weight + i, args.width, grad ? grad + i : nullptr, out + i);
+    update_strip<1>(values, indices, count, panel + i, grad ? grad + i : nullptr, out + i);
   }
-  if (i < n) update_rest(values, indices, count, weight + i, args.width, grad ? grad + i : nullptr, out + i, n - i);
+  if (i < n) update_rest(values, indices, count, panel + i, grad ? grad + i : nullptr, out + i, n - i);
 }
 
 template <class T>
@@ -94,8 +93,8 @@ void update_tile(const LatentBackwardArgs& args, const Tile& tile, const Tile& n
       const T* grad = grads ? grads + t * args.grad_stride + column : nullptr;
       T* out = outs + t * args.out_stride + column;
       if (tile.counts[i] > 0) {
-        update_panel(args, tile.values + i * args.latents, tile.indices + i * args.latents, tile.counts[i], column, n,
-                     grad, out);
+        update_panel(tile.values + i * args.latents, tile.indices + i * args.latents, tile.counts[i],
+                     args.panels + column * args.latents, n, grad, out);
       } else if (!grad) {
         memset(out, 0, static_cast<size_t>(n) * sizeof(T));
       } else if (grad != out) {
@@ -121,22 +120,34 @@ void update(const LatentBackwardArgs& args, int64_t begin, int64_t end, float* v
   }
 }
 
+// Panel p holds columns [p * kPanel, (p + 1) * kPanel) of every latent row, one row after the other.
 template <class T>
-void widen_row(const T* from, float* to, int64_t n) {
-  int64_t i = 0;
-  for (; i + Vec::width <= n; i += Vec::width) store(to + i, load(from + i));
-  if (i < n) store_first(to + i, load_first(from + i, n - i), n - i);
+void widen_panels(const LatentBackwardArgs& args, int64_t first, int64_t last) {
+  const T* weight = static_cast<const T*>(args.weight);
+  for (int64_t p = first; p < last; ++p) {
+    const int64_t column = p * kPanel;
+    const int64_t n = args.width - column < kPanel ? args.width - column : kPanel;
+    for (int64_t k = 0; k < args.latents; ++k) {
+      const T* from = weight + k * args.weight_stride + column;
+      float* to = args.panels + column * args.latents + k * kPanel;
+      int64_t i = 0;
+      for (; i + Vec::width <= n; i += Vec::width) store(to + i, load(from + i));
+      if (i < n) store(to + i, load_first(from + i, n - i));
+    }
+  }
 }
 
 }  // namespace
 
 namespace LOCKIN_FAST_UNIT {
 
-void widen(Dtype dtype, const void* from, float* to, int64_t n) {
-  switch (dtype) {
-    case Dtype::f32: return widen_row(static_cast<const float*>(from), to, n);
-    case Dtype::f16: return widen_row(static_cast<const f16*>(from), to, n);
-    case Dtype::bf16: return widen_row(static_cast<const bf16*>(from), to, n);
+int64_t pack_panel_units(const LatentBackwardArgs& args) { return (args.width + kPanel - 1) / kPanel; }
+
+void pack_panels(const LatentBackwardArgs& args, int64_t first, int64_t last) {
+  switch (args.dtype) {
+    case Dtype::f32: return widen_panels<float>(args, first, last);
+    case Dtype::f16: return widen_panels<f16>(args, first, last);
+    case Dtype::bf16: return widen_panels<bf16>(args, first, last);
   }
 }
 

@@ -5,9 +5,12 @@
 
 #define LOCKIN_FAST_DECLARE_UNIT(unit)                                                                           \
   namespace unit {                                                                                               \
+  int64_t pack_units(const EncodeArgs&);                                                                         \
+  void pack(const EncodeArgs&, int64_t first, int64_t last);                                                     \
   void encode_latents(const EncodeArgs&, int64_t begin, int64_t end);                                            \
   int64_t block_penalty(const BlockPenaltyArgs&, int64_t begin, int64_t end, float* scratch);                    \
-  void widen(Dtype, const void* from, float* to, int64_t n);                                                     \
+  int64_t pack_panel_units(const LatentBackwardArgs&);                                                           \
+  void pack_panels(const LatentBackwardArgs&, int64_t first, int64_t last);                                      \
   void latent_backward(const LatentBackwardArgs&, int64_t begin, int64_t end, float* values, int32_t* indices);  \
   }
 
