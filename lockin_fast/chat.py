@@ -54,9 +54,9 @@ class ChatDataset(Dataset):
     """Tokenised conversations: rows {"input_ids", "labels"} of int64 tensors, labels -100 outside assistant turns.
 
     rows: a path of chat JSONL, or rows as `read_chat` returns them. The tokenizer's chat template writes the text. Its
-    generation markers say what the assistant says; where it has none, an assistant turn is what the template adds to
-    the conversation before it, end-of-turn token included. Rows are cut on the right to max_length tokens; those left
-    with nothing supervised are dropped and counted in `dropped`.
+    generation markers say what the assistant says; where it has none, or the tokenizer is a slow one, an assistant turn
+    is what the template adds to the conversation before it, end-of-turn token included. Rows are cut on the right to
+    max_length tokens; those left with nothing supervised are dropped and counted in `dropped`.
 
     Raises ValueError for a tokenizer without a chat template, a template that rewrites earlier turns (and so needs
     generation markers), and when nothing supervised is left.
@@ -77,7 +77,8 @@ class ChatDataset(Dataset):
         if not rows:
             raise ValueError("dataset: got no conversations, expected at least one")
         conversations = [row["messages"] for row in rows]
-        encode = _with_markers if _GENERATION_MARKER.search(str(tokenizer.chat_template)) else _by_prefix
+        marked = tokenizer.is_fast and _GENERATION_MARKER.search(tokenizer.get_chat_template())
+        encode = _with_markers if marked else _by_prefix
         self._rows = []
         for ids, spoken in encode(conversations, tokenizer):
             ids, spoken = torch.tensor(ids[:max_length]), torch.tensor(spoken[:max_length], dtype=torch.bool)
@@ -97,12 +98,21 @@ class ChatDataset(Dataset):
         return self._rows[index]
 
 
-def _with_markers(conversations: list, tokenizer) -> Iterable[tuple[list[int], list[int]]]:
-    """(ids, assistant mask) of every conversation, from the template's generation markers."""
-    encoded = tokenizer.apply_chat_template(
-        conversations, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+def _with_markers(conversations: list, tokenizer) -> Iterable[tuple[list[int], list[bool]]]:
+    """(ids, assistant mask) of every conversation: the tokens that overlap what the template marks as generated.
+
+    The tokenizer's own mask looks up the last marked character, and runs on to the end of the conversation when that
+    character is a space that no token holds.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template, special = tokenizer.get_chat_template(), tokenizer.special_tokens_map
+    texts, marked = render_jinja_template(
+        conversations, chat_template=template, return_assistant_tokens_mask=True, **special
     )
-    return zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    for ids, offsets, spans in zip(encoded["input_ids"], encoded["offset_mapping"], marked, strict=True):
+        yield ids, [any(first < end and last > start for start, end in spans) for first, last in offsets]
 
 
 def _by_prefix(conversations: list, tokenizer) -> Iterable[tuple[list[int], list[bool]]]:
