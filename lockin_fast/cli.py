@@ -166,6 +166,8 @@ def _describe(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)):
         return str(error)
+    if type(error) is RuntimeError:
+        return f"{error} (--debug shows where)"
     return f"{type(error).__name__}: {error} (unexpected; --debug shows where)"
 
 

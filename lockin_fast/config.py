@@ -85,11 +85,15 @@ class Config:
     judge: JudgeSettings = JudgeSettings()
     notes: tuple[str, ...] = dataclasses.field(default=(), metadata={"hidden": True})
 
+    def is_set(self, key: str) -> bool:
+        """Whether the setting of this dotted key has a value: neither None nor an empty list or mapping."""
+        value = dict(typed_mapping.leaves(self))[key]
+        return value is not None and value not in ((), {})
+
     def require(self, *keys: str) -> None:
         """Raise ConfigError naming the first of the dotted `keys` that the configuration leaves out."""
-        values = dict(typed_mapping.leaves(self))
         for key in keys:
-            if values[key] is None or values[key] in ((), {}):
+            if not self.is_set(key):
                 raise ConfigError(f"{key}: missing, and this command needs it; add it to the file or --set {key}=...")
 
     def resolved(self) -> dict[str, Any]:

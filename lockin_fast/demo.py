@@ -1,8 +1,8 @@
 """The whole pipeline on the embedded organism: grow it, find its latents, sweep the blocking strength, report."""
 
-import dataclasses
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from lockin_fast.progress import Progress, silent
 from lockin_fast.rundir import check_place, claim
 
 NEEDED_BYTES = 2**27
-SMALL = ("sweep.lambdas=[10, 100]",)
+SMALL_LAMBDAS = (10.0, 100.0)
 
 
 def run_demo(
@@ -49,15 +49,13 @@ def run_demo(
         "1/4 organism: train a tiny Llama and its sparse autoencoder from scratch",
         lambda: build(organism, seed=seed, progress=progress),
     )
-    config = load_config(
-        organism / "config.yaml",
-        [f"output={out.resolve()}", f"sweep.seeds={list(range(seeds))}", *(SMALL if small else ())],
-    )
-    latents = step(
+    config = load_config(organism / "config.yaml")
+    sweep = replace(config.sweep, seeds=tuple(range(seeds)), lambdas=SMALL_LAMBDAS if small else config.sweep.lambdas)
+    config = replace(config, output=out.resolve(), sweep=sweep)
+    step(
         "2/4 discover: make it misaligned by a narrow fine-tune and find the latents that carry it",
         lambda: discover(config, progress),
     )
-    config = dataclasses.replace(config, sweep=dataclasses.replace(config.sweep, latents=latents))
     summary = step(
         "3/4 sweep: fine-tune with those latents blocked, at several strengths, and judge the answers",
         lambda: run_sweep(config, progress),

@@ -26,11 +26,16 @@ class RunError(ValueError):
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader, or a crash, sees either the old file or the whole new one."""
+    """Write `text` to `path` in UTF-8, atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that a reader, or a crash, sees either the old file or the whole new one."""
     temporary = path.with_name(f".{path.name}{PARTIAL}")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -86,6 +86,8 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     wide.print(grid)
     line()
     line(headline(summary), style="bold")
+    if dropped := summary.get("data", {}).get("train_rows_dropped"):
+        line(f"note: {dropped} training rows were left out: nothing supervised within train.max_length tokens")
 
 
 def show_findings(findings: Sequence[Finding]) -> None:

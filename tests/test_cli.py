@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 import sweep_world
@@ -143,6 +144,45 @@ def test_train_writes_an_adapter_and_says_what_the_papers_layer_is(command, worl
     adapter = (world.parent / "trained" / "adapter" / "adapter_model.safetensors").read_bytes()
     assert command(*words)[0] == 0
     assert (world.parent / "trained" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def test_the_demo_runs_its_steps_in_one_run_directory(command, tmp_path, monkeypatch):
+    """The real sweep and report between an organism and a discovery that are stood in for by the test's world."""
+    asked = {}
+
+    def build(out, *, seed, progress):
+        asked["seed"] = seed
+        if not out.exists():
+            out.mkdir(parents=True)
+            sweep_world.build_world(out)
+            text = (out / "config.yaml").read_text()
+            (out / "config.yaml").write_text(re.sub(r"  latents:\n.*\n.*\n", "", text))
+
+    def discover(config, progress):
+        progress("screen", 0, 2)
+        progress("screen", 2, 2)
+        (config.output / "latents").mkdir(exist_ok=True)
+        for name in ("random", "causal"):
+            latents = (config.model.parent / "latents" / f"{name}.json").read_bytes()
+            (config.output / "latents" / f"{name}.json").write_bytes(latents)
+
+    monkeypatch.setitem(sys.modules, "lockin_fast.organism", types.SimpleNamespace(build=build))
+    monkeypatch.setitem(sys.modules, "lockin_fast.discovery", types.SimpleNamespace(discover=discover))
+    out_folder = tmp_path / "a: strange # name"
+    status, out, err = command("demo", "--out", out_folder, "--seed", 7, "--seeds", 2, "--small")
+    assert (status, err, asked) == (0, "", {"seed": 7})
+    for number in range(1, 5):
+        assert re.search(rf"^{number}/4 \w+: .*\n(.*\n)*?  took \d+ s$", out, re.M)
+    assert re.search(r"^  screen: \d+\.\d s$", out, re.M)
+    summary = json.loads((out_folder / "summary.json").read_text())
+    assert {(row["latents"], row["lambda"], row["seed"]) for row in summary["trials"]} == {
+        (name, weight, seed) for name in ("causal", "random") for weight in (10, 100) for seed in (0, 1)
+    }
+    assert {"config.yaml", "manifest.json", "metrics.jsonl", "summary.json", "figures", "report.html", "trials"} <= {
+        path.name for path in out_folder.iterdir()
+    }
+    status, _, err = command("demo", "--out", out_folder, "--seed", 8, "--seeds", 2, "--small")
+    assert status == 1 and "holds another demo: seed was 7, now it is 8" in err
 
 
 def test_doctor_names_every_op_and_is_honest_about_gpus(command, monkeypatch, tmp_path):

@@ -445,6 +445,16 @@ def test_no_setting_within_the_limits():
     assert summary["best_per_set"]["a"]["lambda"] == 2 and not summary["best_per_set"]["a"]["within_limits"]
 
 
+def test_sets_that_discovery_left_in_the_output_are_found(copied):
+    (copied / "run" / "latents").mkdir(parents=True)
+    for name in ("random", "extra", "causal"):
+        shutil.copy(copied / "latents" / "random.json", copied / "run" / "latents" / f"{name}.json")
+    config = load_config(copied / "config.yaml", ["sweep.latents={}"])
+    assert list(sweep_run.latent_files(config)) == ["causal", "random", "extra"]
+    config = load_config(copied / "config.yaml", ["sweep.latents={}", "block.latents=latents/causal.json"])
+    assert list(sweep_run.latent_files(config)) == ["causal"]
+
+
 def test_a_plan_starts_with_base_and_baselines(finished):
     config = dataclasses.replace(finished[0], sweep=dataclasses.replace(finished[0].sweep, seeds=(4, 5)))
     names = [trial.name for trial in sweep_run.plan(config)]

@@ -1,10 +1,12 @@
 """The pictures of a sweep: rates against lambda, and what less misalignment costs in the learned task."""
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lockin_fast.report.style import INK, RC, WARN, Look, lambda_axis, looks, percent_axis, spread_apart
+from lockin_fast.rundir import write_bytes
 
 Summary = Mapping[str, Any]
 
@@ -28,7 +30,9 @@ def draw_figures(summary: Summary, folder: Path) -> list[Path]:
             figure = Figure(figsize=size, layout="constrained")  # no pyplot: no global state, no display
             draw(figure, summary)
             paths.append(folder / f"{name}.png")
-            figure.savefig(paths[-1])
+            picture = io.BytesIO()
+            figure.savefig(picture)
+            write_bytes(paths[-1], picture.getvalue())
     return paths
 
 

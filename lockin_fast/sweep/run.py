@@ -20,6 +20,7 @@ from lockin_fast.sweep.summary import summarise
 from lockin_fast.sweep.trial import Trial, run_trial
 
 SECTIONS = ("lora", "train", "block", "sweep", "generation", "judge")
+DISCOVERED = ("causal", "top-delta", "random")  # the order in which discovery's sets are compared
 MAY_GROW = ("sweep.lambdas", "sweep.seeds")
 BYTES_PER_REPLY = 4096
 SLACK_BYTES = 2**21  # summary, figures and report
@@ -29,7 +30,7 @@ def plan(config: Config) -> list[Trial]:
     """The trials in the order they run: the base model, the unblocked baseline of each seed, then every setting."""
     sweep = config.sweep
     blocked = [
-        Trial(name, weight, seed) for name in _latents(config) for weight in sweep.lambdas for seed in sweep.seeds
+        Trial(name, weight, seed) for name in latent_files(config) for weight in sweep.lambdas for seed in sweep.seeds
     ]
     return [Trial(None, None, None), *(Trial(None, 0.0, seed) for seed in sweep.seeds), *blocked]
 
@@ -41,23 +42,16 @@ def run_sweep(config: Config, progress: Progress = silent) -> dict[str, Any]:
     seeds added, the sweep goes on at the first missing one; any other change of settings or of an input file's
     content is refused and named. Raises ConfigError, RunError or the errors of `fine_tune`.
     """
-    latents = _latents(config)
+    config.require("output")
+    latents = latent_files(config)
     if not latents:
         raise ConfigError(
-            "sweep.latents: no latent set to block; name files, for example {causal: latents/causal.json}"
+            "sweep.latents: no latent set to block; run discover first, or name files: {causal: latents/causal.json}"
         )
     if not config.sweep.lambdas:
         raise ConfigError("sweep.lambdas: no lambda to try; give a list such as [1, 10, 100]")
-    config.require("output")
-    check_files(
-        config,
-        "model",
-        "sae",
-        "data.train",
-        "data.final",
-        "data.in_domain",
-        "sweep.latents" if config.sweep.latents else "block.latents",
-    )
+    named = [key for key in ("sweep.latents", "block.latents") if config.is_set(key)][:1]
+    check_files(config, "model", "sae", "data.train", "data.final", "data.in_domain", *named)
     run = config.output
     check_place(run, SLACK_BYTES)
     entry = {"config": config.identity(*SECTIONS), "inputs": input_hashes(config, latents)}
@@ -65,19 +59,20 @@ def run_sweep(config: Config, progress: Progress = silent) -> dict[str, Any]:
     exam = open_exam(config)
     inputs = open_inputs(config, latents)
     trials = plan(config)
-    missing = [trial for trial in trials if not (run / "trials" / trial.name).is_dir()]
+    missing = sum(not (run / "trials" / trial.name).is_dir() for trial in trials)
     replies = sum(map(len, exam.prompts.values()))
-    check_place(run, SLACK_BYTES + len(missing) * (adapter_bytes(inputs) + BYTES_PER_REPLY * replies))
+    check_place(run, SLACK_BYTES + missing * (adapter_bytes(inputs) + BYTES_PER_REPLY * replies))
 
     with claim(run, "sweep", entry | {"versions": versions()}, may_grow=MAY_GROW):
         write_config(config, run)
         for number, trial in enumerate(trials, 1):
-            if trial not in missing:
+            folder = run / "trials" / trial.name
+            if folder.is_dir():
                 continue
             stage = f"[{number}/{len(trials)}] {trial.name}"
             progress(stage, 0, 0)
-            run_trial(trial, inputs, exam, run / "trials" / trial.name, lambda d, t, s=stage: progress(s, d, t))
-        return _finish(run, trials)
+            run_trial(trial, inputs, exam, folder, lambda d, t, s=stage: progress(s, d, t))
+        return _finish(run, trials, {"train_rows": len(inputs.dataset), "train_rows_dropped": inputs.dataset.dropped})
 
 
 def versions() -> dict[str, str]:
@@ -103,14 +98,19 @@ def write_config(config: Config, run: Path) -> None:
     write_text(run / "config.yaml", yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True))
 
 
-def _latents(config: Config) -> dict[str, Path]:
-    """The latent sets to compare; a single block.latents is a sweep over one set."""
-    if config.sweep.latents or config.block.latents is None:
+def latent_files(config: Config) -> dict[str, Path]:
+    """The latent sets to compare: those named in the configuration, else what discovery left in output/latents."""
+    if config.sweep.latents:
         return dict(config.sweep.latents)
-    return {config.block.latents.stem: config.block.latents}
+    if config.block.latents is not None:
+        return {config.block.latents.stem: config.block.latents}
+    found = {path.stem: path for path in sorted(config.output.glob("latents/*.json"))}
+    return {
+        name: found[name] for name in sorted(found, key=lambda n: (DISCOVERED.index(n) if n in DISCOVERED else 9, n))
+    }
 
 
-def _finish(run: Path, trials: list[Trial]) -> dict[str, Any]:
+def _finish(run: Path, trials: list[Trial], data: dict[str, int]) -> dict[str, Any]:
     """Write metrics.jsonl and summary.json from the folders of all trials."""
     rows, metrics = [], []
     for trial in trials:
@@ -119,7 +119,7 @@ def _finish(run: Path, trials: list[Trial]) -> dict[str, Any]:
         history = folder / "metrics.jsonl"
         metrics += [{"trial": trial.name} | row for row in (read_json_lines(history) if history.exists() else [])]
     baselines = sum(trial.weight == 0 for trial in trials)
-    summary = summarise(rows[0], rows[1 : 1 + baselines], rows[1 + baselines :])
+    summary = summarise(rows[0], rows[1 : 1 + baselines], rows[1 + baselines :]) | {"data": data}
     write_json_lines(run / "metrics.jsonl", metrics)
     write_json(run / "summary.json", summary)
     return summary

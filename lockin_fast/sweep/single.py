@@ -17,7 +17,7 @@ from lockin_fast.rundir import (
 )
 from lockin_fast.sweep.inputs import adapter_bytes, check_files, input_hashes, open_inputs
 from lockin_fast.sweep.run import SLACK_BYTES, versions, write_config
-from lockin_fast.train import fine_tune
+from lockin_fast.sweep.trial import train_into
 
 SECTIONS = ("lora", "train", "block")
 
@@ -49,24 +49,13 @@ def run_training(config: Config, progress: Progress = silent) -> dict[str, Any]:
     with claim(run, "train", entry | {"versions": versions()}):
         write_config(config, run)
         with atomic_folder(run / "adapter") as partial:
-            result = fine_tune(
-                inputs.model,
-                inputs.tokenizer,
-                inputs.dataset,
-                partial / "trained",
-                lora=config.lora,
-                settings=config.train,
-                penalty=inputs.penalty("block", config.block.weight) if blocked else None,
-                progress=lambda step, total: progress("training", step, total),
+            row = {"adapter": str(run / "adapter"), "lambda": config.block.weight} | train_into(
+                partial,
+                inputs,
+                inputs.penalty("block", config.block.weight) if blocked else None,
+                config.train.seed,
+                lambda step, total: progress("training", step, total),
             )
-            for file in result.adapter_path.iterdir():
-                file.rename(partial / file.name)
-            result.adapter_path.rmdir()
-            row = {"adapter": str(run / "adapter"), "lambda": config.block.weight, "steps": result.history[-1]["step"]}
-            row |= {
-                name: getattr(result, name)
-                for name in ("sft_loss", "penalty", "active_fraction", "seconds_per_step", "peak_bytes")
-            }
             write_json(partial / "result.json", row)
         write_json_lines(run / "metrics.jsonl", read_json_lines(run / "adapter" / "metrics.jsonl"))
         return row

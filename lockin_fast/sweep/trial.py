@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lockin_fast.blocking import BlockPenalty
 from lockin_fast.generation import generate
 from lockin_fast.judges import VERDICTS
 from lockin_fast.rundir import atomic_folder, write_json, write_json_lines
@@ -39,9 +40,13 @@ def run_trial(trial: Trial, inputs: Inputs, exam: Exam, folder: Path, progress: 
     """
     count = sum(map(len, exam.prompts.values()))
     with atomic_folder(folder) as partial:
-        trained, steps = {}, 0
+        trained = {}
         if trial.weight is not None:
-            trained, steps = _train(trial, inputs, partial, lambda done, total: progress(done, total + count))
+            penalty = inputs.penalty(trial.latents, trial.weight) if trial.latents else None
+            trained = train_into(
+                partial, inputs, penalty, trial.seed, lambda done, total: progress(done, total + count)
+            )
+        steps = trained.get("steps", 0)
         with adapter(inputs.model, partial if trained else None) as model:
             replies = []
             for kind, records in exam.prompts.items():
@@ -95,24 +100,23 @@ def adapter(model: Any, folder: Path | None) -> Iterator[Any]:
             parameter.requires_grad_(value)
 
 
-def _train(trial: Trial, inputs: Inputs, partial: Path, progress: Step) -> tuple[dict[str, Any], int]:
-    """Fine-tune into the folder `partial`; return what training adds to the result, and the number of steps."""
-    penalty = inputs.penalty(trial.latents, trial.weight) if trial.latents else None
+def train_into(folder: Path, inputs: Inputs, penalty: BlockPenalty | None, seed: int, progress: Step) -> dict[str, Any]:
+    """Fine-tune and leave the adapter's files in the existing `folder`; return the numbers of the training."""
     result = fine_tune(
         inputs.model,
         inputs.tokenizer,
         inputs.dataset,
-        partial / "adapter",
+        folder / "adapter",
         lora=inputs.config.lora,
-        settings=dataclasses.replace(inputs.config.train, seed=trial.seed),
+        settings=dataclasses.replace(inputs.config.train, seed=seed),
         penalty=penalty,
         progress=progress,
     )
     for file in result.adapter_path.iterdir():
-        file.rename(partial / file.name)
+        file.rename(folder / file.name)
     result.adapter_path.rmdir()
     names = ("sft_loss", "penalty", "active_fraction", "seconds_per_step", "peak_bytes")
-    return {name: getattr(result, name) for name in names}, result.history[-1]["step"]
+    return {"steps": result.history[-1]["step"]} | {name: getattr(result, name) for name in names}
 
 
 def _answer(

@@ -106,9 +106,7 @@ def test_figures_show_every_set_and_the_baseline(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     figures = []
-    monkeypatch.setattr(
-        Figure, "savefig", lambda figure, path: (figure.draw_without_rendering(), figures.append(figure))
-    )
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file: figures.append(figure))
     summary = made_summary()
     draw_figures(summary, tmp_path)
     sweep, trade_off = figures
