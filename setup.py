@@ -25,10 +25,17 @@ def missing_tool():
         return f"the platform {sys.platform} is not supported by the build"
     if not os.environ.get("CXX") and not any(map(shutil.which, COMPILERS)):
         return f"no C++ compiler was found (looked for $CXX, {', '.join(COMPILERS)})"
-    for module in ("torch", "pybind11", "cmake", "ninja"):
-        if importlib.util.find_spec(module) is None and shutil.which(module) is None:
-            return f"{module} is not installed in the environment that builds (see --no-build-isolation)"
+    absent = [module for module in ("torch", "pybind11") if importlib.util.find_spec(module) is None]
+    absent += [program for program in ("cmake", "ninja") if tool(program) is None]
+    if absent:
+        return f"{', '.join(absent)} not found by the Python that builds, {sys.executable}"
     return None
+
+
+def tool(name):
+    """The program of that name beside this Python, else the one on PATH."""
+    beside = Path(sys.executable).parent / name
+    return str(beside) if beside.exists() else shutil.which(name)
 
 
 def announce(reason):
@@ -49,10 +56,10 @@ class CMakeBuild(build_ext):
         target = ROOT if self.inplace else Path(self.build_lib).resolve()
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         torch = Path(importlib.util.find_spec("torch").origin).parent
-        cmake = shutil.which("cmake") or "cmake"
+        cmake = tool("cmake")
         subprocess.run(
             [
-                cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+                cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
                 f"-DCMAKE_INSTALL_PREFIX={target}",
                 f"-DPython3_EXECUTABLE={sys.executable}",
                 f"-DPYTHON_EXECUTABLE={sys.executable}",

@@ -1,11 +1,9 @@
 // Pre-activations of a few token rows against all latent rows: out[r][k] = rows[r] . weight[k], fp32 accumulation.
 //
-// A register tile holds kRows x C accumulators, so that every loaded operand serves several products. The rows stay in
-// cache while the packed latent rows stream past from L2, and the next rows are fetched meanwhile, one after the other:
-// a chunk of a whole row measured best, for it reads memory in order. One (row, latent) pair is always summed in the
-// kChunkBytes stay in L1 while the packed latent rows stream past from L2, and the next rows are fetched meanwhile. One
-// (row, latent) pair is always summed in the same order, whatever tile it falls into; sums are kept per chunk first,
-// which bounds their rounding error.
+// A register tile holds kRows x C accumulators, so that every loaded operand serves several products. The packed latent
+// rows stream past from L2 for every kRows token rows, and the next token rows are fetched meanwhile, one after the
+// other: whole rows as chunks measured best, because memory is then read in order. One (row, latent) pair is always
+// summed in the same order, whatever tile it falls into.
 #pragma once
 
 #include "kernels.h"

@@ -1,0 +1,57 @@
+# make test, make demo: everything from a fresh clone on; a second call starts at once.
+# Needs Python >= 3.10 with venv; with a C++17 compiler the fast CPU kernels are built, without one plain torch serves.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+SAY = @printf '\n==> %s\n'
+BUILD_INPUTS := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: setup test slow report-test lint demo bench clean
+
+setup: $(VENV)/.built
+
+$(VENV)/.torch:
+	$(SAY) "Setting up in $(VENV): 1/3 Python environment and $(TORCH) (a minute or two; once)"
+	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 10) else 0'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --quiet '$(TORCH)'
+	@touch $@
+
+$(VENV)/.pinned: requirements-ci.txt $(VENV)/.torch
+	$(SAY) "Setting up in $(VENV): 2/3 the other packages, at the versions of requirements-ci.txt (about a minute; once)"
+	@$(PIP) install --quiet -r requirements-ci.txt
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.pinned $(BUILD_INPUTS)
+	$(SAY) "Setting up in $(VENV): 3/3 lockin_fast with its C++ kernels (half a minute; again when csrc/ changes)"
+	@$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	@$(PY) -c 'from lockin_fast import _native as n; print("    built:", n.build_info()["units"], "- this machine runs", n.isa())' \
+		2>/dev/null || printf '    NOTHING WAS COMPILED (no C++ compiler?): the slower reference kernels will serve\n'
+	@touch $@
+
+test: setup
+	$(SAY) "Everyday tests (a few minutes)"
+	@$(PY) -m pytest -n $(WORKERS) -rs
+
+slow: setup
+	@$(PY) -m pytest -m slow -rs
+
+report-test: setup
+	@$(PY) -m pytest -m browser -rs
+
+lint: setup
+	@$(PY) -m ruff check .
+
+demo: setup
+	$(SAY) "Demo: grow a small model, make it emergently misaligned, block that, and draw the picture in demo/"
+	@$(VENV)/bin/lockin-fast demo --out demo
+
+bench: setup
+	@$(PY) -m benchmarks.run
+
+clean:
+	rm -rf build $(VENV)/.built lockin_fast/_build lockin_fast/_native*.so
