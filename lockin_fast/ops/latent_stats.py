@@ -16,9 +16,9 @@ SCHEMA = (
     "(Tensor h, Tensor weight, Tensor bias, Tensor? h_ref, Tensor? threshold, Tensor? mask) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-# A tile's operands and products, in elements: 2**21 of each operand in fp32 is 8 MB, 2**18 products in fp64 are 2 MB.
-OPERAND_ELEMENTS = 2**21
-PRODUCT_ELEMENTS = 2**18
+# Elements of a tile: 4 MB of each operand, 2 + 4 MB of products (fp32, fp64). Large beside the cost of starting threads.
+OPERAND_ELEMENTS = 2**20
+PRODUCT_ELEMENTS = 2**19
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,8 @@ def tile_shape(tokens, width, latents):
 
 
 def reference(h, weight, bias, h_ref, threshold, mask):
-    """Plain torch over tiles of tokens and latents, every buffer reused; sums in fp64."""
+    """Plain torch over tiles of tokens and latents, every large buffer allocated once; sums in fp64."""
     latents, width = weight.shape
-    work = torch.promote_types(h.dtype, torch.float32)
     chosen = None
     if mask is not None and h.device.type == "cpu":  # elsewhere the number of tokens would have to be waited for
         chosen = mask.nonzero().squeeze(1)
@@ -85,23 +84,29 @@ def reference(h, weight, bias, h_ref, threshold, mask):
     streams = [h] if h_ref is None else [h, h_ref]
     sums, squares = (torch.zeros(latents, dtype=torch.float64, device=h.device) for _ in range(2))
     counts = [torch.zeros(latents, dtype=torch.int64, device=h.device) for _ in streams]
-    products = [torch.empty(rows * columns, dtype=work, device=h.device) for _ in streams]
-    wide = torch.empty(rows * columns, dtype=torch.float64, device=h.device)
+    work = torch.promote_types(h.dtype, torch.float32)
+    operands = [_Buffer((rows, width), work, h.device) for _ in streams]
+    weights = _Buffer((columns, width), work, h.device)
+    products = [_Buffer((rows, columns), work, h.device) for _ in streams]
+    wide = _Buffer((rows, columns), torch.float64, h.device)
 
     for t0 in range(0, tokens, rows):
         block = slice(t0, min(t0 + rows, tokens))
-        tiles = [(x[block] if chosen is None else x.index_select(0, chosen[block])).to(work) for x in streams]
+        picked = [x[block] if chosen is None else x.index_select(0, chosen[block]) for x in streams]
+        tiles = [operand.holding(x) for operand, x in zip(operands, picked, strict=True)]
         dropped = None if mask is None or chosen is not None else ~mask[block, None]
         for k0 in range(0, latents, columns):
             part = slice(k0, min(k0 + columns, latents))
-            shape = tiles[0].shape[0], part.stop - part.start
-            w, b = weight[part].to(work).t(), bias[part].to(work)
+            w, b = weights.holding(weight[part]).t(), bias[part].to(work)
             floor = None if threshold is None else threshold[part]
-            z = [_encode(x, w, b, floor, dropped, out, shape) for x, out in zip(tiles, products, strict=True)]
+            shape = block.stop - block.start, part.stop - part.start
+            z = [
+                _encode(x, w, b, floor, dropped, product.shaped(*shape))
+                for x, product in zip(tiles, products, strict=True)
+            ]
             for count, activation in zip(counts, z, strict=True):
                 count[part] += (activation > 0).sum(0)
-            value = wide[: shape[0] * shape[1]].view(shape)
-            value.copy_(z[0] if h_ref is None else z[0].sub_(z[1]))
+            value = wide.shaped(*shape).copy_(z[0] if h_ref is None else z[0].sub_(z[1]))
             sums[part] += value.sum(0)
             squares[part] += value.square_().sum(0)
 
@@ -109,11 +114,26 @@ def reference(h, weight, bias, h_ref, threshold, mask):
     return sums, squares, counts[0], counts[1] if h_ref is not None else counts[0].new_zeros(0), total
 
 
-def _encode(x, weight, bias, threshold, dropped, buffer, shape):
-    """Latents of one tile [tokens, latents] in `buffer`; dropped tokens are set to zero, whatever they hold."""
-    pre = buffer[: shape[0] * shape[1]].view(shape)
+class _Buffer:
+    """Memory for a matrix of at most `shape`, made at the first use and kept."""
+
+    def __init__(self, shape, dtype, device):
+        self.shape, self.dtype, self.device, self.memory = shape, dtype, device, None
+
+    def shaped(self, rows, columns):
+        if self.memory is None:
+            self.memory = torch.empty(self.shape[0] * self.shape[1], dtype=self.dtype, device=self.device)
+        return self.memory[: rows * columns].view(rows, columns)
+
+    def holding(self, x):
+        """`x` itself where it has the dtype, else a copy here."""
+        return x if x.dtype == self.dtype else self.shaped(*x.shape).copy_(x)
+
+
+def _encode(x, weight, bias, threshold, dropped, out):
+    """Latents of one tile [tokens, latents] in `out`; dropped tokens are set to zero, whatever they hold."""
     with torch.autocast(x.device.type, enabled=False):
-        torch.addmm(bias, x, weight, out=pre)
+        pre = torch.addmm(bias, x, weight, out=out)
     z = pre.relu_() if threshold is None else pre.masked_fill_(inactive(pre, threshold), 0.0)
     return z if dropped is None else z.masked_fill_(dropped, 0.0)
 
