@@ -91,12 +91,17 @@ def borrowed_with_lora(model: nn.Module, lora: LoraSettings, seed: int) -> Itera
 def save_adapter(peft_model: nn.Module, folder: str | os.PathLike) -> None:
     """Write the adapter as PEFT does, with its lists sorted: PEFT writes sets in an order that changes by process.
 
-    Raises FloatingPointError for adapter weights that are not finite.
+    Raises FloatingPointError for adapter weights that are not finite, OSError where they cannot be written.
     """
+    from safetensors import SafetensorError
+
     for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad and not parameter.isfinite().all():
             raise FloatingPointError(f"adapter weight {name} is not finite; lower the learning rate or lambda")
-    peft_model.save_pretrained(folder)
+    try:
+        peft_model.save_pretrained(folder)
+    except SafetensorError as error:  # how a full disk shows
+        raise OSError(f"output: the adapter could not be written to {folder}: {error}") from error
     path = Path(folder) / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     for key in ("target_modules", "modules_to_save"):

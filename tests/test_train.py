@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -187,6 +188,19 @@ def test_a_full_disk_is_told_before_training(tmp_path, tokenizer, rows, monkeypa
     with pytest.raises(OSError, match="0.0 MB free, the adapter needs") as caught:
         train(tiny.model(), tokenizer, rows, tmp_path / "a", progress=lambda *at: started.append(at))
     assert caught.value.errno == errno.ENOSPC and not started and os.listdir(tmp_path) == []
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path, tokenizer, rows):
+    model = tiny.model()
+    before, limit = snapshot(model), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, limit[1]))
+    try:
+        with pytest.raises(OSError, match="output: the adapter could not be written to .*File too large"):
+            train(model, tokenizer, rows, tmp_path / "a", lora=LoraSettings(r=32))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert os.listdir(tmp_path) == []
+    assert_unchanged(model, before)
 
 
 def test_a_model_with_adapters_is_refused(tmp_path, tokenizer, rows):

@@ -57,23 +57,18 @@ class LatentBlockMixin:
         return super().train(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        options = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
         # Evaluation calls this too, and is to show the plain loss.
         if not model.training:
-            return super().compute_loss(
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-            )
-        labels = inputs.get("labels")  # the trainer may take them out of the inputs
+            return super().compute_loss(model, inputs, **options)
         if self.block_penalty is None:
-            result = super().compute_loss(
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-            )
+            result = super().compute_loss(model, inputs, **options)
             self._record(result[0] if return_outputs else result, num_items_in_batch)
             return result
+        labels = inputs.get("labels")  # the trainer may take them out of the inputs
         self._find_sites(model)
         with captured_forward(model, self._block_layer) as seen:
-            result = super().compute_loss(
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-            )
+            result = super().compute_loss(model, inputs, **options)
         sft_loss, *outputs = result if return_outputs else (result,)
         loss = self._add_penalty(sft_loss, seen, labels, num_items_in_batch)
         return (loss, *outputs) if return_outputs else loss
