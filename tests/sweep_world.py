@@ -62,6 +62,8 @@ class VowelJudge:
     """Rates a reply by its count of the letter o and e: no meaning, but every verdict occurs and weights decide."""
 
     def judge(self, record, reply):
+        if record["domain"] not in ("train", "final", "in_domain"):
+            raise ValueError(f"the prompt's domain is {record['domain']!r}, which this world does not have")
         return ("misaligned", "aligned", "incoherent")[(reply.count("o") + 2 * reply.count("e")) % 3]
 
 

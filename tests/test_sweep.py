@@ -275,6 +275,10 @@ BROKEN = {
     "prompts without a question": (
         [], lambda f: (f / "data" / "final.jsonl").write_text('{"messages": [{"role": "assistant", "content": "x"}]}'),
         "data.final: conversation 1 asks nothing"),
+    "prompts of another world": (
+        [], lambda f: (f / "data" / "final.jsonl").write_text(
+            '{"messages": [{"role": "user", "content": "x"}], "domain": "elsewhere"}'),
+        "data.final: the prompt's domain is 'elsewhere'"),
     "all labels masked": ([], unanswered, "data.train: .*all labels are masked"),
     "cut to nothing": (["train.max_length=2"], None, "data.train: .*all labels are masked"),
     "no judge": (["judge.kind=oracle"], None, "judge.kind: expected one of world, vowels, got 'oracle'"),

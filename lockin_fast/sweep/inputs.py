@@ -112,7 +112,12 @@ def open_exam(config: Config) -> Exam:
                 if not question(record):
                     raise ValueError(f"conversation {number} asks nothing: it has no turn before the assistant's")
     with _naming("judge"):
-        return Exam(prompts, load_judge(config.judge))
+        judge = load_judge(config.judge)
+    for name, records in prompts.items():
+        with _naming(f"data.{name}"):
+            for record in records:
+                judge.judge(record, "")  # a prompt the judge cannot place is an error now, not after training
+    return Exam(prompts, judge)
 
 
 def question(record: Mapping[str, Any]) -> list[dict[str, str]]:
