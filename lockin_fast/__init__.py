@@ -1,7 +1,8 @@
 """Fused kernels and thin trainers for latent blocking and lock-in measurement.
 
 Importing the package needs torch alone: every public name is looked up when it is first used, so that transformers,
-peft, triton and matplotlib are loaded only by the parts that need them.
+peft, triton and matplotlib are loaded only by the parts that need them. `import lockin_fast.ops` registers
+`torch.ops.lockin_fast.*`.
 """
 
 from importlib import import_module

@@ -137,9 +137,11 @@ def _load_cpu_part(forced, interpreting):
 
 
 def _triton_missing():
-    if find_spec("triton") is None:
-        return "triton is not installed: pip install lockin-fast[triton]"
-    return None
+    try:
+        found = find_spec("triton") is not None
+    except (ImportError, ValueError):
+        found = False
+    return None if found else "triton is not installed: pip install lockin_fast[triton]"
 
 
 def _register_triton(device, why):

@@ -50,9 +50,7 @@ class Problem:
         return Problem(**values)
 
 
-def problem(
-    tokens, width, latents, dtype, *, ref="h", masked=False, threshold=False, margin=False, mean=False, seed=0
-):
+def problem(tokens, width, latents, dtype, *, ref="h", masked=False, threshold=False, margin=False, mean=False, seed=0):
     """Random inputs whose latents are on about half of the time, with differences to the reference of both signs."""
     make = torch.Generator().manual_seed(seed)
 
@@ -92,14 +90,16 @@ def per_token_penalty(p, h):
 def clear_of_steps(p, streams=None):
     """[T, K] bool: pairs whose pre-activation is not within rounding of the step where the latent switches on.
 
-    On the others the gate may fall either way in any fp32 arithmetic, so they say nothing about a kernel. An fp32 sum of
-    `width` terms errs by about sqrt(width) * eps * sum |h||w| at worst.
+    On the others the gate may fall either way in any fp32 arithmetic, so they say nothing about a kernel. An fp32 sum
+    of `width` terms errs by about sqrt(width) * eps * sum |h||w| at worst.
     """
     exact = p.at(torch.float64)
     floor = 0.0 if exact.threshold is None else exact.threshold.clamp_min(0.0)
     clear = torch.ones(p.h.shape[0], p.weight.shape[0], dtype=torch.bool)
     for h in streams or [exact.h] + ([] if exact.h_ref is None else [exact.h_ref]):
-        bound = p.h.shape[1] ** 0.5 * torch.finfo(torch.float32).eps * (h.abs() @ exact.weight.abs().t() + exact.bias.abs())
+        bound = (
+            p.h.shape[1] ** 0.5 * torch.finfo(torch.float32).eps * (h.abs() @ exact.weight.abs().t() + exact.bias.abs())
+        )
         clear &= (h @ exact.weight.t() + exact.bias - floor).abs() > bound
     return clear
 

@@ -37,9 +37,7 @@ def test_penalty_and_gradient_are_as_good_as_plain_torch(dtype, shape, options):
 
     truth, truth_grad = run(p.at(torch.float64), p.h.double(), per_token_penalty, upstream)
     eager, eager_grad = run(p.at(torch.float32), p.h.float(), per_token_penalty, upstream)
-    ours, ours_grad = run(
-        p, p.h, lambda q, h: op_module.PerTokenPenalty.apply(h, *q.op_arguments[1:])[0], upstream
-    )
+    ours, ours_grad = run(p, p.h, lambda q, h: op_module.PerTokenPenalty.apply(h, *q.op_arguments[1:])[0], upstream)
     assert ours.dtype is torch.float32 and ours_grad.dtype is dtype
     assert_as_good_as_torch("per_token", ours, truth, eager, usable)
     assert_as_good_as_torch("gradient", ours_grad, truth_grad, eager_grad.to(dtype), usable[:, None].expand_as(p.h))

@@ -126,8 +126,14 @@ def run(consume, monkeypatch, in_place, retain=False, roots=None):
         if retain:
             loss.backward(retain_graph=True)
         loss.backward()
-    values = [k.grad if isinstance(k, torch.Tensor) and k.requires_grad else k for k in kept]
-    return x.grad, [torch.tensor(list(v)) if isinstance(v, torch.UntypedStorage) else torch.as_tensor(v) for v in values], len(written)
+    return x.grad, [as_tensor(value) for value in kept], len(written)
+
+
+def as_tensor(value):
+    if isinstance(value, torch.UntypedStorage):
+        return torch.tensor(list(value))
+    value = torch.as_tensor(value)
+    return value.grad if value.requires_grad else value
 
 
 @pytest.mark.parametrize("retain", [False, True], ids=["once", "twice"])

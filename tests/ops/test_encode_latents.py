@@ -27,9 +27,7 @@ def test_latents_and_gradient_are_as_good_as_plain_torch(dtype, shape, threshold
 
     truth, truth_grad = run(p.at(torch.float64), encode)
     eager, eager_grad = run(p.at(torch.float32), encode)
-    ours, ours_grad = run(
-        p, lambda q, h: lockin_fast.encode_latents(h, q.weight, q.bias, threshold=q.threshold)
-    )
+    ours, ours_grad = run(p, lambda q, h: lockin_fast.encode_latents(h, q.weight, q.bias, threshold=q.threshold))
     assert ours.dtype is torch.float32 and ours_grad.dtype is dtype
     assert_as_good_as_torch("z", ours, truth, eager, clear)
     assert_as_good_as_torch("gradient", ours_grad, truth_grad, eager_grad.to(dtype))
@@ -41,7 +39,8 @@ def test_leading_dimensions_strides_and_weight_dtype(dtype):
     expected = lockin_fast.encode_latents(p.h, p.weight, p.bias)
     h = p.h.view(5, 6, 48)
     assert torch.equal(lockin_fast.encode_latents(h, p.weight.double(), p.bias), expected.view(5, 6, 13))
-    assert torch.equal(lockin_fast.encode_latents(p.h[0], p.weight, p.bias), lockin_fast.encode_latents(p.h[:1], p.weight, p.bias)[0])
+    one = lockin_fast.encode_latents(p.h[:1], p.weight, p.bias)
+    assert torch.equal(lockin_fast.encode_latents(p.h[0], p.weight, p.bias), one[0])
     assert torch.equal(lockin_fast.encode_latents(p.h.t().contiguous().t(), p.weight, p.bias), expected)
     assert torch.equal(lockin_fast.encode_latents(p.h.repeat(1, 2)[:, :48], p.weight, p.bias), expected)
 
@@ -51,8 +50,8 @@ def test_threshold_of_minus_infinity_is_a_plain_relu_and_the_comparison_is_stric
     plain = lockin_fast.encode_latents(p.h, p.weight, p.bias)
     off = torch.full((13,), -torch.inf)
     assert torch.equal(lockin_fast.encode_latents(p.h, p.weight, p.bias, threshold=off), plain)
-    flat = lockin_fast.encode_latents(torch.zeros(2, 48), p.weight, torch.full((13,), 0.5), threshold=torch.full((13,), 0.5))
-    assert not flat.any()
+    half = torch.full((13,), 0.5)
+    assert not lockin_fast.encode_latents(torch.zeros(2, 48), p.weight, half, threshold=half).any()
 
 
 @pytest.mark.parametrize(("tokens", "latents"), [(0, 5), (4, 0), (0, 0)])

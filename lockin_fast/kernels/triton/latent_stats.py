@@ -6,7 +6,7 @@ import triton.language as tl
 
 from lockin_fast.kernels.triton._tiles import INTERPRETING, activate, check_dtype, count_positive, project
 
-LAUNCH = {"num_warps": 4, "num_stages": 3}
+LAUNCH = {"num_warps": 8, "num_stages": 3}
 
 
 @triton.jit
@@ -19,8 +19,8 @@ def stats_kernel(
     b = tl.load(bias + latents, mask=real, other=0.0)[None, :]
     total = tl.zeros((BLOCK_K,), dtype=tl.float64)
     total_squares = tl.zeros((BLOCK_K,), dtype=tl.float64)
-    count = tl.zeros((BLOCK_K,), dtype=tl.int64)
-    count_ref = tl.zeros((BLOCK_K,), dtype=tl.int64)
+    count = tl.zeros((BLOCK_K,), dtype=tl.int32)
+    count_ref = tl.zeros((BLOCK_K,), dtype=tl.int32)
     first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_T
     for i in range(0, tiles):
         tokens = first + i * BLOCK_T + tl.arange(0, BLOCK_T)

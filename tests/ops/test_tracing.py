@@ -1,0 +1,71 @@
+"""The ops under torch.compile, fake tensors and torch's own checks of custom ops."""
+
+import pytest
+import torch
+from penalty_oracle import problem
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import lockin_fast
+import lockin_fast.ops
+
+ops = torch.ops.lockin_fast
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_opcheck(dtype):
+    p = problem(9, 48, 5, dtype, masked=True, threshold=True, margin=True, mean=True)
+    q = problem(9, 48, 5, dtype, ref="z")
+    coefficient, scale = torch.randn(9, 5), torch.randn(9)
+    for op, arguments in (
+        (ops.block_penalty, p.op_arguments),
+        (ops.block_penalty, q.op_arguments),
+        (ops.encode_latents, (p.h, p.weight, p.bias, p.threshold)),
+        (ops.encode_latents, (p.h, p.weight, p.bias, None)),
+        (ops.latent_backward, (coefficient, scale, p.weight, None)),
+        (ops.latent_backward, (coefficient, scale, p.weight, p.h)),
+        (ops.latent_backward_, (p.h.clone(), coefficient, scale, p.weight)),
+        (ops.latent_stats, (p.h, p.weight, p.bias, p.h_ref, p.threshold, p.mask)),
+        (ops.latent_stats, (p.h, p.weight, p.bias, None, None, None)),
+    ):
+        torch.library.opcheck(op.default, arguments, test_utils=CHECKS)
+
+
+def step(x, p):
+    """Everything public in one graph."""
+    h, penalty = lockin_fast.block_penalty_tap(x * 1.0, p.weight, p.bias, p.sign, **p.options)
+    other = lockin_fast.block_penalty(h.tanh(), p.weight, p.bias, p.sign, h_ref=p.h_ref)
+    z = lockin_fast.encode_latents(h, p.weight, p.bias, threshold=p.threshold)
+    stats = lockin_fast.latent_stats(h.detach(), p.weight, p.bias, mask=p.mask)
+    loss = h.square().sum() + 2.0 * penalty.total + 0.5 * other.total / other.tokens + z.sum()
+    return loss, penalty.active, stats.mean
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_whole_graph_compiles_and_agrees(dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for tokens in (9, 17):
+        p = problem(tokens, 48, 5, torch.float32, masked=True, threshold=True, margin=True)
+        results = []
+        for function in (step, compiled):
+            x = p.h.clone().requires_grad_()
+            loss, active, mean = function(x, p)
+            loss.backward()
+            results.append((loss.detach(), active, mean, x.grad))
+        for eager, traced in zip(*results, strict=True):
+            torch.testing.assert_close(eager, traced)
+
+
+def test_nothing_waits_for_the_device():
+    # A fake tensor has no values: asking one for its own, which on a GPU is a synchronisation, raises.
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        h = torch.empty(9, 48, dtype=torch.bfloat16, requires_grad=True)
+        weight, bias, sign = torch.empty(5, 48), torch.empty(5), torch.empty(5)
+        mask = torch.empty(9, dtype=torch.bool)
+        options = {"h_ref": torch.empty(9, 48, dtype=torch.bfloat16), "mask": mask, "threshold": bias, "margin": bias}
+        tapped, penalty = lockin_fast.block_penalty_tap(h, weight, bias, sign, **options)
+        (tapped.sum() + penalty.total + lockin_fast.encode_latents(h, weight, bias).sum()).backward()
+        stats = lockin_fast.latent_stats(h, weight, bias, mask=mask)
+        assert h.grad.shape == (9, 48) and h.grad.dtype is torch.bfloat16
+        assert stats.mean.shape == (5,) and penalty.total.shape == ()
