@@ -342,6 +342,25 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(world, finished, small_disk
     assert untimed(run_sweep(config)) == untimed(finished[1])
 
 
+def test_a_trial_that_diverges_is_named_and_the_others_stay(copied, monkeypatch):
+    from lockin_fast.sweep import trial
+
+    real = trial.fine_tune
+
+    def diverge(*args, penalty, **kwargs):
+        if penalty is not None and penalty.weight == 100:
+            raise FloatingPointError("sft_loss is nan")
+        return real(*args, penalty=penalty, **kwargs)
+
+    monkeypatch.setattr(trial, "fine_tune", diverge)
+    config = load_config(copied / "config.yaml", ["sweep.seeds=[0]"])
+    with pytest.raises(FloatingPointError, match="causal-lambda100-seed0: sft_loss is nan"):
+        run_sweep(config)
+    assert {path.name for path in (config.output / "trials").iterdir()} == {
+        "base", "baseline-lambda0-seed0", "causal-lambda1-seed0",
+    }  # fmt: skip
+
+
 def sweep_in_process(config_file, output):
     """The body of a process that may be killed at any moment."""
     sweep_world.install_judge()

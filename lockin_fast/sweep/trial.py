@@ -43,9 +43,12 @@ def run_trial(trial: Trial, inputs: Inputs, exam: Exam, folder: Path, progress: 
         trained = {}
         if trial.weight is not None:
             penalty = inputs.penalty(trial.latents, trial.weight) if trial.latents else None
-            trained = train_into(
-                partial, inputs, penalty, trial.seed, lambda done, total: progress(done, total + count)
-            )
+            try:
+                trained = train_into(
+                    partial, inputs, penalty, trial.seed, lambda done, total: progress(done, total + count)
+                )
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{trial.name}: {error}") from error
         steps = trained.get("steps", 0)
         with adapter(inputs.model, partial if trained else None) as model:
             replies = []
