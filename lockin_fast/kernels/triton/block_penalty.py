@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lockin_fast.kernels.triton._tiles import activate, check_dtype, count_positive, project, tile_sizes
+from lockin_fast.kernels.triton._tiles import activate, check_dtype, count_positive, project, tile_sizes, with_rows
 
 LAUNCH = {"num_warps": 4, "num_stages": 3}
 
@@ -55,6 +55,7 @@ def penalty_kernel(
 def block_penalty(h, weight, bias, sign, z_ref, h_ref, mask, threshold, margin, mean):
     """per_token [T], coefficient [T, K], active pairs; see `lockin_fast.block_penalty`."""
     check_dtype(h.dtype)
+    h, h_ref, weight = with_rows(h), with_rows(h_ref), weight.contiguous()
     (T, D), K = h.shape, weight.shape[0]
     keep = None if mask is None else mask.view(torch.uint8)  # bytes load in wide words, booleans through the stack
     per_token = torch.empty((T,), dtype=torch.float32, device=h.device)

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lockin_fast.kernels.triton._tiles import activate, check_dtype, project, tile_sizes
+from lockin_fast.kernels.triton._tiles import activate, check_dtype, project, tile_sizes, with_rows
 
 LAUNCH = {"num_warps": 4, "num_stages": 3}
 
@@ -25,6 +25,7 @@ def encode_kernel(
 def encode_latents(h, weight, bias, threshold):
     """z [T, K] fp32; see `lockin_fast.encode_latents`."""
     check_dtype(h.dtype)
+    h, weight = with_rows(h), weight.contiguous()
     (T, D), K = h.shape, weight.shape[0]
     out = torch.empty((T, K), dtype=torch.float32, device=h.device)
     if out.numel():

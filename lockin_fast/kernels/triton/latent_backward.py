@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lockin_fast.kernels.triton._tiles import INTERPRETING, check_dtype
+from lockin_fast.kernels.triton._tiles import INTERPRETING, check_dtype, with_rows
 
 LAUNCH = {"num_warps": 4, "num_stages": 2}
 
@@ -55,6 +55,7 @@ def sizes(tokens, latents, dtype):
 
 def _launch(coefficient, scale, weight, grad, out, in_place):
     check_dtype(weight.dtype)
+    coefficient, weight, grad = coefficient.contiguous(), weight.contiguous(), with_rows(grad)
     T, K = coefficient.shape
     D = weight.shape[1]
     constants = sizes(T, K, weight.dtype)
@@ -75,4 +76,6 @@ def latent_backward(coefficient, scale, weight, grad):
 
 def latent_backward_(grad, coefficient, scale, weight):
     """As above, over `grad`."""
+    if grad.stride(1) != 1:
+        raise ValueError(f"grad: got strides {grad.stride()}, expected 1 along d to be updated in place")
     _launch(coefficient, scale, weight, grad, grad, True)

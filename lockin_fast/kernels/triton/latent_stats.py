@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lockin_fast.kernels.triton._tiles import INTERPRETING, activate, check_dtype, count_positive, project
+from lockin_fast.kernels.triton._tiles import INTERPRETING, activate, check_dtype, count_positive, project, with_rows
 
 LAUNCH = {"num_warps": 8, "num_stages": 3}
 
@@ -38,8 +38,9 @@ def stats_kernel(
                 other = tl.where(keep[:, None], activate(pre, threshold, latents, K), 0.0)
                 count_ref += count_positive(other, 0)
                 z -= other
-            total += tl.sum(z, axis=0).to(tl.float64)
-            total_squares += tl.sum(z * z, axis=0).to(tl.float64)
+            wide = z.to(tl.float64)
+            total += tl.sum(wide, axis=0)
+            total_squares += tl.sum(wide * wide, axis=0)
     place = tl.program_id(1).to(tl.int64) * K + latents
     tl.store(sums + place, total, mask=real)
     tl.store(squares + place, total_squares, mask=real)
@@ -56,6 +57,7 @@ def sizes(dtype):
 def latent_stats(h, weight, bias, h_ref, threshold, mask):
     """Sums, squares, counts, reference counts [K] and tokens; see `lockin_fast.latent_stats`."""
     check_dtype(h.dtype)
+    h, h_ref, weight = with_rows(h), with_rows(h_ref), weight.contiguous()
     (T, D), K = h.shape, weight.shape[0]
     keep = None if mask is None else mask.view(torch.uint8)  # bytes load in wide words, booleans through the stack
     constants = sizes(h.dtype)
