@@ -7,6 +7,11 @@ from lockin_fast.dispatch import define
 from lockin_fast.ops import _checks
 from lockin_fast.ops.latent_backward import latent_backward
 
+# On the CPU a wider weight than this is a matrix product that stock torch does as fast or faster (measured: equal up to
+# 2M entries, 1.3 to 3 times as fast at 8M).
+WIDE_BYTES = 16 * 2**20
+TILE_ELEMENTS = 2**21
+
 SCHEMA = "(Tensor h, Tensor weight, Tensor bias, Tensor? threshold) -> Tensor"
 
 
@@ -28,6 +33,17 @@ def reference(h, weight, bias, threshold):
     return pre.masked_fill_(inactive(pre, threshold), 0.0)
 
 
+def wide(h, weight, bias, threshold):
+    """Plain torch for a weight that no cache holds: a tile of it in fp32 at a time."""
+    z = torch.empty((h.shape[0], weight.shape[0]), dtype=torch.float32, device=h.device)
+    h = h.to(torch.float32)
+    rows = max(TILE_ELEMENTS // weight.shape[1], 1)
+    with torch.autocast(h.device.type, enabled=False):
+        for part, w, b in zip(z.split(rows, 1), weight.split(rows), bias.split(rows), strict=True):
+            torch.addmm(b, h, w.to(torch.float32).t(), out=part)
+    return z.relu_() if threshold is None else z.masked_fill_(inactive(z, threshold), 0.0)
+
+
 def _fake(h, weight, bias, threshold):
     return h.new_empty((h.shape[0], weight.shape[0]), dtype=torch.promote_types(h.dtype, torch.float32))
 
@@ -36,10 +52,14 @@ define("encode_latents", SCHEMA, reference, _fake)
 _op = torch.ops.lockin_fast.encode_latents.default
 
 
+def _forward(h, weight, bias, threshold):
+    return (wide if h.device.type == "cpu" and weight.nbytes > WIDE_BYTES else _op)(h, weight, bias, threshold)
+
+
 class _EncodeLatents(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, bias, threshold):
-        z = _op(h, weight, bias, threshold)
+        z = _forward(h, weight, bias, threshold)
         ctx.save_for_backward(z, weight)
         return z
 
@@ -78,5 +98,5 @@ def encode_latents(h, weight, bias, *, threshold=None):
     _checks.per_latent("threshold", threshold, count)
     _checks.same_device(h, weight=weight, bias=bias, threshold=threshold)
     args = tokens, _checks.rows_like(weight, h), _checks.fp32(bias), _checks.fp32(threshold)
-    z = _EncodeLatents.apply(*args) if h.requires_grad and torch.is_grad_enabled() else _op(*args)
+    z = _EncodeLatents.apply(*args) if h.requires_grad and torch.is_grad_enabled() else _forward(*args)
     return z if h.dim() == 2 else z.view(*h.shape[:-1], count)

@@ -105,3 +105,20 @@ def test_double_backward_and_unfrozen_weights_raise():
         lockin_fast.encode_latents(torch.zeros(6, 47), p.weight.detach(), p.bias)
     with pytest.raises(ValueError, match="^threshold: got shape"):
         lockin_fast.encode_latents(p.h, p.weight.detach(), p.bias, threshold=torch.zeros(3))
+
+
+@pytest.mark.parametrize("threshold", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_wide_weight_goes_through_tiles_and_gives_the_same(dtype, threshold, monkeypatch, poisoned_memory):
+    p = problem(20, 123, 77, dtype, threshold=threshold)
+    clear = clear_of_steps(p, [p.h.double()])
+    results = []
+    for limit in (2**24, 0):
+        monkeypatch.setattr(op_module, "WIDE_BYTES", limit)
+        monkeypatch.setattr(op_module, "TILE_ELEMENTS", 123 * 10)
+        h = p.h.clone().requires_grad_()
+        z = lockin_fast.encode_latents(h, p.weight, p.bias, threshold=p.threshold)
+        (z * clear).sum().backward()
+        results.append((z.detach() * clear, h.grad))
+    for narrow, wide in zip(*results, strict=True):
+        torch.testing.assert_close(narrow, wide)
