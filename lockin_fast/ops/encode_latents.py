@@ -53,7 +53,8 @@ _op = torch.ops.lockin_fast.encode_latents.default
 
 
 def _forward(h, weight, bias, threshold):
-    return (wide if h.device.type == "cpu" and weight.nbytes > WIDE_BYTES else _op)(h, weight, bias, threshold)
+    nbytes = weight.numel() * weight.element_size()
+    return (wide if h.device.type == "cpu" and nbytes > WIDE_BYTES else _op)(h, weight, bias, threshold)
 
 
 class _EncodeLatents(torch.autograd.Function):
