@@ -10,12 +10,17 @@ import pytest
 import lockin_fast
 
 PACKAGE = Path(lockin_fast.__file__).parent
-# A file may import from its own layer and from lower ones. Names are files and folders directly under lockin_fast/.
+# A room, that is a file or folder directly under lockin_fast/, may import from lower layers and from its own.
 LAYERS = [
+    {"typed_mapping", "progress", "rundir"},
     {"kernels"},
     {"dispatch"},
     {"ops"},
     {"sae"},
+    {"chat", "blocking", "lora", "train", "generation", "organism", "judges", "config", "inputs", "discovery"},
+    {"sweep", "report", "monitor"},
+    {"doctor", "demo", "terminal"},
+    {"cli"},
 ]
 HEAVY = {"transformers", "peft", "accelerate", "trl", "bitsandbytes", "triton", "matplotlib", "jinja2", "typer", "rich"}
 BELOW_BLOCKING = {"kernels", "dispatch", "ops", "sae"}
@@ -72,10 +77,9 @@ def test_imports_point_one_way():
     order = {name: height for height, layer in enumerate(LAYERS) for name in layer}
     for source, targets in edges.items():
         for target in targets:
-            if source in order:
-                assert target in order and order[target] < order[source], (
-                    f"{source} imports {target}, which is above it"
-                )
+            assert source not in BELOW_BLOCKING or target in order, f"{source} imports {target}, of no known layer"
+            if source in order and target in order:
+                assert order[target] <= order[source], f"{source} imports {target}, which is above it"
     assert edges["ops"] >= {"dispatch"} and edges["dispatch"] >= {"kernels"}
 
 
