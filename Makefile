@@ -28,7 +28,7 @@ $(VENV)/.pinned: requirements-ci.txt $(VENV)/.torch
 
 $(VENV)/.built: $(VENV)/.pinned $(BUILD_INPUTS)
 	$(SAY) "Setting up in $(VENV): 3/3 lockin_fast with its C++ kernels (half a minute; again when csrc/ changes)"
-	@$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	@PYTHONWARNINGS=ignore $(PIP) install --quiet --no-build-isolation --no-deps --editable .
 	@$(PY) -c 'from lockin_fast import _native as n; print("    built:", n.build_info()["units"], "- this machine runs", n.isa())' \
 		2>/dev/null || printf '    NOTHING WAS COMPILED (no C++ compiler?): the slower reference kernels will serve\n'
 	@touch $@

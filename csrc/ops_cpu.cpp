@@ -11,6 +11,7 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <stdexcept>
 #include <tuple>
 #include <utility>
 
@@ -29,7 +30,7 @@ using OptionalTensor = std::optional<Tensor>;
 #define LOCKIN_FAST_KERNELS(unit)                                                                         \
   Kernels {                                                                                               \
     unit::pack_units, unit::pack, unit::encode_latents, unit::block_penalty, unit::pack_panel_units,      \
-        unit::pack_panels, unit::latent_backward                                                          \
+        unit::pack_panels, unit::latent_backward, unit::stats_blocks, unit::latent_stats                  \
   }
 
 Kernels kernels_of(Isa isa) {
@@ -112,13 +113,12 @@ struct Encode {
 };
 
 Encode encode_args(const Tensor& h, const Tensor& weight, const Tensor& bias, const OptionalTensor& threshold,
-                   Tensor* out) {
-  STD_TORCH_CHECK(h.dim() == 2 && h.is_cpu(), "h must be a [T, d] tensor on the CPU");
-  STD_TORCH_CHECK(weight.dim() == 2, "weight must be a [K, d] tensor");
+                   int64_t packed_rows) {
+  STD_TORCH_CHECK(h.is_cpu(), "h must be on the CPU");
   const int64_t latents = weight.size(0);
   check_matrix(weight, "weight", latents, h.size(1));
   check_same_dtype(weight, "weight", h, "h");
-  Room room(latents * padded(h.size(1)) * static_cast<int64_t>(h.element_size()));
+  Room room(packed_rows * padded(h.size(1)) * static_cast<int64_t>(h.element_size()));
   Encode encode{with_contiguous_rows(h), with_contiguous_rows(weight), std::move(room), {}};
   encode.args = {dtype_of(h, "h"),
                  encode.h.const_data_ptr(),
@@ -130,17 +130,39 @@ Encode encode_args(const Tensor& h, const Tensor& weight, const Tensor& bias, co
                  latents,
                  h.size(1),
                  encode.room.data,
-                 static_cast<float*>(out->mutable_data_ptr())};
+                 nullptr};
+  return encode;
+}
+
+// As encode_args for a few latents: the weight packed, results to `out`.
+Encode packed_args(const Tensor& h, const Tensor& weight, const Tensor& bias, const OptionalTensor& threshold,
+                   const Tensor& out) {
+  Encode encode = encode_args(h, weight, bias, threshold, weight.size(0));
+  encode.args.out = static_cast<float*>(out.mutable_data_ptr());
   const Kernels& kernel = kernels();
   torch::stable::parallel_for(0, kernel.pack_units(encode.args), 8,
                               [&](int64_t first, int64_t last) { kernel.pack(encode.args, first, last); });
   return encode;
 }
 
+const bool* token_mask(const OptionalTensor& mask, int64_t tokens) {
+  if (!mask) return nullptr;
+  STD_TORCH_CHECK(mask->is_cpu() && mask->scalar_type() == ScalarType::Bool && mask->dim() == 1 &&
+                      mask->size(0) == tokens && mask->is_contiguous(),
+                  "mask must be a contiguous bool vector of ", tokens, " elements on the CPU");
+  return static_cast<const bool*>(mask->const_data_ptr());
+}
+
+Tensor reference_rows(const Tensor& h_ref, const Tensor& h) {
+  check_matrix(h_ref, "h_ref", h.size(0), h.size(1));
+  check_same_dtype(h_ref, "h_ref", h, "h");
+  return with_contiguous_rows(h_ref);
+}
+
 Tensor encode_latents(const Tensor& h, const Tensor& weight, const Tensor& bias, const OptionalTensor& threshold) {
   STD_TORCH_CHECK(h.dim() == 2 && weight.dim() == 2, "h must be [T, d] and weight [K, d]");
   Tensor out = empty_floats({h.size(0), weight.size(0)});
-  const Encode encode = encode_args(h, weight, bias, threshold, &out);
+  const Encode encode = packed_args(h, weight, bias, threshold, out);
   const Kernels& kernel = kernels();
   for_token_tiles(h.size(0), [&](int64_t begin, int64_t end) { kernel.encode_latents(encode.args, begin, end); });
   return out;
@@ -157,15 +179,13 @@ std::tuple<Tensor, Tensor, Tensor> block_penalty(const Tensor& h, const Tensor& 
   Tensor per_token = empty_floats({tokens});
   Tensor coefficient = empty_floats({tokens, latents});
   Tensor active = torch::stable::empty({}, ScalarType::Long);
-  const Encode encode = encode_args(h, weight, bias, threshold, &coefficient);
+  const Encode encode = packed_args(h, weight, bias, threshold, coefficient);
 
   BlockPenaltyArgs args{};
   args.encode = encode.args;
   OptionalTensor reference;  // keeps what args points at alive
   if (h_ref) {
-    check_matrix(*h_ref, "h_ref", tokens, h.size(1));
-    check_same_dtype(*h_ref, "h_ref", h, "h");
-    reference = with_contiguous_rows(*h_ref);
+    reference = reference_rows(*h_ref, h);
     args.h_ref = reference->const_data_ptr();
     args.h_ref_stride = reference->stride(0);
   } else {
@@ -174,12 +194,7 @@ std::tuple<Tensor, Tensor, Tensor> block_penalty(const Tensor& h, const Tensor& 
     reference = torch::stable::contiguous(*z_ref);
     args.z_ref = static_cast<const float*>(reference->const_data_ptr());
   }
-  if (mask) {
-    STD_TORCH_CHECK(mask->is_cpu() && mask->scalar_type() == ScalarType::Bool && mask->dim() == 1 &&
-                        mask->size(0) == tokens && mask->is_contiguous(),
-                    "mask must be a contiguous bool vector of ", tokens, " elements on the CPU");
-    args.mask = static_cast<const bool*>(mask->const_data_ptr());
-  }
+  args.mask = token_mask(mask, tokens);
   args.sign = float_vector(sign, "sign", latents);
   args.margin = float_vector(margin, "margin", latents);
   args.unit = mean && latents > 0 ? 1.0f / static_cast<float>(latents) : 1.0f;
@@ -256,6 +271,57 @@ void latent_backward_(Tensor& grad, const Tensor& coefficient, const Tensor& sca
   add_latent_gradient(&grad, &grad, coefficient, scale, weight);
 }
 
+Tensor zeros(int64_t length, ScalarType dtype) {
+  Tensor t = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(&length, 1), dtype);
+  return torch::stable::zero_(t);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> latent_stats(const Tensor& h, const Tensor& weight,
+                                                                const Tensor& bias, const OptionalTensor& h_ref,
+                                                                const OptionalTensor& threshold,
+                                                                const OptionalTensor& mask) {
+  STD_TORCH_CHECK(h.dim() == 2 && weight.dim() == 2, "h must be [T, d] and weight [F, d]");
+  const int64_t tokens = h.size(0), latents = weight.size(0);
+  const Encode encode = encode_args(h, weight, bias, threshold, 0);
+  Tensor sum = zeros(latents, ScalarType::Double), sum_squares = zeros(latents, ScalarType::Double);
+  Tensor count = zeros(latents, ScalarType::Long), count_ref = zeros(h_ref ? latents : 0, ScalarType::Long);
+  Tensor total = torch::stable::empty({}, ScalarType::Long);
+
+  LatentStatsArgs args{};
+  args.encode = encode.args;
+  OptionalTensor reference;  // keeps what args points at alive
+  if (h_ref) {
+    reference = reference_rows(*h_ref, h);
+    args.h_ref = reference->const_data_ptr();
+    args.h_ref_stride = reference->stride(0);
+    args.count_ref = static_cast<int64_t*>(count_ref.mutable_data_ptr());
+  }
+  args.mask = token_mask(mask, tokens);
+  args.tokens = tokens;
+  args.sum = static_cast<double*>(sum.mutable_data_ptr());
+  args.sum_squares = static_cast<double*>(sum_squares.mutable_data_ptr());
+  args.count = static_cast<int64_t*>(count.mutable_data_ptr());
+
+  const Kernels& kernel = kernels();
+  const int64_t block_bytes = kStatsBlock * padded(h.size(1)) * static_cast<int64_t>(h.element_size());
+  torch::stable::parallel_for(0, kernel.stats_blocks(args), 1, [&](int64_t first, int64_t last) {
+    const Room packed(block_bytes);
+    kernel.latent_stats(args, first, last, packed.data);
+  });
+  *static_cast<int64_t*>(total.mutable_data_ptr()) = args.mask ? std::count(args.mask, args.mask + tokens, true) : tokens;
+  return {sum, sum_squares, count, count_ref, total};
+}
+
+// Full-width products: below AVX-512 torch's own, tile by tile, are as fast or faster, so they stay the kernel there.
+// A level that cannot be served is reported by the first op that is called; nothing may throw while a library loads.
+bool wide_products_pay() {
+  try {
+    return chosen_isa() >= Isa::avx512;
+  } catch (const std::runtime_error&) {
+    return false;
+  }
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lockin_fast, CPU, library) {
@@ -263,6 +329,7 @@ STABLE_TORCH_LIBRARY_IMPL(lockin_fast, CPU, library) {
   library.impl("block_penalty", TORCH_BOX(&block_penalty));
   library.impl("latent_backward", TORCH_BOX(&latent_backward));
   library.impl("latent_backward_", TORCH_BOX(&latent_backward_));
+  if (wide_products_pay()) library.impl("latent_stats", TORCH_BOX(&latent_stats));
 }
 
 }  // namespace lockin_fast

@@ -18,8 +18,7 @@ from lockin_fast.kernels import Refused
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 CPU_PART = Path(__file__).parent / "_build" / "liblockin_fast_cpu.so"
-CPU_OPS = ("block_penalty", "encode_latents", "latent_backward", "latent_backward_")
-TRITON_OPS = (*CPU_OPS, "latent_stats")
+TRITON_OPS = ("block_penalty", "encode_latents", "latent_backward", "latent_backward_", "latent_stats")
 
 _library = torch.library.Library("lockin_fast", "FRAGMENT")
 _served = {}  # (op, device) -> (backend, why)
@@ -108,9 +107,11 @@ def activate():
         _serve(_references, "cuda", "reference", triton_missing)
 
     if not cpu_missing:
-        _serve(CPU_OPS, "cpu", "cpu", why or "compiled part loaded")
+        # Depending on the processor, the compiled part leaves to stock torch what is as fast there.
+        compiled = [op for op in _references if _has_cpu_kernel(op)]
+        _serve(compiled, "cpu", "cpu", why or "compiled part loaded")
         stock = "stock torch matrix products over tiles are as fast"
-        _serve([op for op in _references if op not in CPU_OPS], "cpu", "reference", stock)
+        _serve([op for op in _references if op not in compiled], "cpu", "reference", stock)
     elif interpreting and not triton_missing:
         _register_triton("cpu", why or "TRITON_INTERPRET=1")
     else:
@@ -134,6 +135,10 @@ def _load_cpu_part(forced, interpreting):
     except OSError as error:
         return f"the compiled part does not load: {error}"
     return None
+
+
+def _has_cpu_kernel(op):
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"lockin_fast::{op}", "CPU")
 
 
 def _triton_missing():

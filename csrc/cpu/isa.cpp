@@ -9,12 +9,14 @@ namespace {
 constexpr const char* kVariable = "LOCKIN_FAST_CPU_ISA";
 constexpr Isa kAll[] = {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512bf16};
 
-std::string read_variable() {
-  const char* value = std::getenv(kVariable);
-  return value ? value : "";
+// Read once: at load, or by whatever part of the library is initialised before this one.
+const std::string& requested() {
+  static const char* value = std::getenv(kVariable);
+  static const std::string level = value ? value : "";
+  return level;
 }
 
-const std::string requested = read_variable();
+[[maybe_unused]] const std::string& read_at_load = requested();
 
 std::string joined(const std::vector<Isa>& isas) {
   std::string names;
@@ -59,11 +61,11 @@ std::vector<Isa> supported_isas() {
 
 Isa chosen_isa() {
   const std::vector<Isa> available = supported_isas();
-  if (requested.empty()) return available.back();
+  if (requested().empty()) return available.back();
   for (Isa isa : available) {
-    if (requested == isa_name(isa)) return isa;
+    if (requested() == isa_name(isa)) return isa;
   }
-  throw std::runtime_error(std::string(kVariable) + "=" + requested + " cannot be served; this processor runs: " +
+  throw std::runtime_error(std::string(kVariable) + "=" + requested() + " cannot be served; this processor runs: " +
                            joined(available) + ". Set one of these, or unset the variable.");
 }
 

@@ -51,6 +51,21 @@ struct LatentBackwardArgs {
   int64_t width;
 };
 
+struct LatentStatsArgs {
+  EncodeArgs encode;  // out and packed are not used
+  const void* h_ref;  // [T, d] or null
+  int64_t h_ref_stride;
+  const bool* mask;   // [T] or null
+  int64_t tokens;     // T
+  double* sum;        // [F], of z or z - z_ref
+  double* sum_squares;
+  int64_t* count;
+  int64_t* count_ref;  // [F] or null
+};
+
+// Latents of a block of latent_stats, at most.
+constexpr int64_t kStatsBlock = 40;
+
 // Tokens a kernel takes at a time; the caller's grain is a multiple of it.
 constexpr int64_t kTokenTile = 32;
 constexpr int64_t kPenaltyScratch = 5;
@@ -69,6 +84,9 @@ struct Kernels {
   void (*pack_panels)(const LatentBackwardArgs&, int64_t first, int64_t last);
   // values and indices hold 2 * kTokenTile * K elements each.
   void (*latent_backward)(const LatentBackwardArgs&, int64_t begin, int64_t end, float* values, int32_t* indices);
+  int64_t (*stats_blocks)(const LatentStatsArgs&);
+  // packed has room for kStatsBlock padded rows, of dtype.
+  void (*latent_stats)(const LatentStatsArgs&, int64_t first, int64_t last, void* packed);
 };
 
 }  // namespace lockin_fast

@@ -12,6 +12,8 @@
   int64_t pack_panel_units(const LatentBackwardArgs&);                                                           \
   void pack_panels(const LatentBackwardArgs&, int64_t first, int64_t last);                                      \
   void latent_backward(const LatentBackwardArgs&, int64_t begin, int64_t end, float* values, int32_t* indices);  \
+  int64_t stats_blocks(const LatentStatsArgs&);                                                                  \
+  void latent_stats(const LatentStatsArgs&, int64_t first, int64_t last, void* packed);                          \
   }
 
 namespace lockin_fast {

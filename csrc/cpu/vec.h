@@ -123,6 +123,14 @@ template <class T>
 LOCKIN_FAST_LOCAL Vec load(const T* p) {
   return {Vec::Native{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}};
 }
+LOCKIN_FAST_LOCAL Vec load(const bf16* p) {
+  typedef uint16_t Halves __attribute__((vector_size(8)));
+  typedef uint32_t Words __attribute__((vector_size(16)));
+  Halves halves;
+  memcpy(&halves, p, sizeof(halves));
+  const Words words = __builtin_convertvector(halves, Words) << 16;
+  return {reinterpret_cast<Vec::Native>(words)};
+}
 template <class T>
 LOCKIN_FAST_LOCAL void store(T* p, Vec a) {
   for (int i = 0; i < Vec::width; ++i) from_float(a.v[i], p + i);

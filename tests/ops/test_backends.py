@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,10 @@ nested = pytest.mark.skipif(any(name in os.environ for name in OWN), reason="thi
 
 @needs_compiled
 def test_the_compiled_part_serves_the_narrow_ops():
-    assert served() == dict.fromkeys(dispatch.CPU_OPS, "cpu") | {"latent_stats": "reference"}
+    narrow = dict.fromkeys(("block_penalty", "encode_latents", "latent_backward", "latent_backward_"), "cpu")
+    assert served(LOCKIN_FAST_CPU_ISA="baseline") == narrow | {"latent_stats": "reference"}
+    wide = "cpu" if "avx512" in import_module("lockin_fast._native").cpu_features() else "reference"
+    assert served(LOCKIN_FAST_CPU_ISA="") == narrow | {"latent_stats": wide}
     assert served(LOCKIN_FAST_BACKEND="cpu", TRITON_INTERPRET="1") == served()
 
 
