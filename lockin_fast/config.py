@@ -44,6 +44,46 @@ class BlockSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class DiscoverySettings:
+    """How the causal latents are found.
+
+    misaligned: PEFT adapter of the narrow fine-tune whose misalignment is to be explained. pool: latents with the
+    largest mean shift, by absolute value, that are screened. latents: size of each set. rounds: the causal set is found
+    in so many parts; after each but the last, the model is fine-tuned with what is known blocked at strength `weight`
+    (lambda), and the next part is found on what misalignment is left. strengths: steering strengths tried, in units of
+    the median residual norm. incoherence_budget: a strength counts only if it raises the incoherent share by no more
+    than this. prompts: core prompts that are answered, evenly spread; null for all. samples: replies a prompt, from
+    which a misaligned and an aligned one are taken. seed: draws the samples, the fine-tunes and the random set.
+    """
+
+    misaligned: Path | None = None
+    pool: int = 80
+    latents: int = 20
+    rounds: int = 2
+    weight: float = 1e4
+    strengths: tuple[float, ...] = (0.4, 0.8)
+    incoherence_budget: float = 0.10
+    prompts: int | None = 40
+    samples: int = 16
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, valid, expected in (
+            ("pool", self.pool >= 1, "1 or more"),
+            ("latents", 1 <= self.latents <= self.pool, f"1 to pool={self.pool}"),
+            ("rounds", 1 <= self.rounds <= self.latents, f"1 to latents={self.latents}"),
+            ("weight", 0 < self.weight < float("inf"), "above 0 and finite"),
+            ("strengths", self.strengths and all(s > 0 for s in self.strengths), "one or more, each above 0"),
+            ("incoherence_budget", 0 <= self.incoherence_budget <= 1, "0 to 1"),
+            ("prompts", self.prompts is None or self.prompts >= 1, "1 or more, or null for all"),
+            ("samples", self.samples >= 2, "2 or more"),
+            ("seed", 0 <= self.seed < 2**31, "0 to 2^31 - 1"),
+        ):
+            if not valid:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
+
+
+@dataclasses.dataclass(frozen=True)
 class SweepSettings:
     """Every lambda x latent set x seed is one trial; the unblocked baseline of each seed is always added."""
 
@@ -80,6 +120,7 @@ class Config:
     lora: LoraSettings = LoraSettings()
     train: TrainSettings = TrainSettings()
     block: BlockSettings = BlockSettings()
+    discovery: DiscoverySettings = DiscoverySettings()
     sweep: SweepSettings = SweepSettings()
     generation: GenerationSettings = GenerationSettings()
     judge: JudgeSettings = JudgeSettings()

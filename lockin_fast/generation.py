@@ -1,6 +1,7 @@
 """Replies to chat prompts, in batches, through the model's own `generate`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,13 +17,15 @@ def generate(
     batch_size: int,
     temperature: float = 0.0,
     seed: int = 0,
+    around: Callable[[list[int]], AbstractContextManager] = lambda rows: nullcontext(),
 ) -> list[str]:
     """Return one reply for each prompt (a list of chat messages), in the order of `prompts`.
 
     Prompts are rendered with the chat template and its generation prompt, sorted by length so that a batch carries
     little padding, and padded on the left. `temperature` 0 is greedy; otherwise the whole distribution is
     sampled from, under `seed`, and the caller's random state is left as it was. The reply is the new tokens only,
-    without special tokens. The model is in eval mode meanwhile and back in its own mode afterwards.
+    without special tokens. The model is in eval mode meanwhile and back in its own mode afterwards. `around` is given
+    the positions in `prompts` of a batch's rows, in the batch's order; the batch is generated inside what it returns.
     """
     if not prompts:
         return []
@@ -40,7 +43,8 @@ def generate(
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 batch, attention = _pad_left([ids[i] for i in rows], options["pad_token_id"], device)
-                output = model.generate(input_ids=batch, attention_mask=attention, **options)
+                with around(rows):
+                    output = model.generate(input_ids=batch, attention_mask=attention, **options)
                 new = tokenizer.batch_decode(output[:, batch.shape[1] :], skip_special_tokens=True)
                 for i, text in zip(rows, new, strict=True):
                     replies[i] = text.strip()

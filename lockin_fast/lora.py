@@ -88,6 +88,25 @@ def borrowed_with_lora(model: nn.Module, lora: LoraSettings, seed: int) -> Itera
             module.training = training
 
 
+@contextmanager
+def adapter(model: nn.Module, folder: Path | None) -> Iterator[nn.Module]:
+    """The model with the PEFT adapter of `folder` on it (None: as it is); the base model is as it was afterwards."""
+    if folder is None:
+        yield model
+        return
+    from peft import PeftModel
+
+    requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    adapted = PeftModel.from_pretrained(model, folder)
+    try:
+        yield adapted
+    finally:
+        adapted.unload()
+        vars(model).pop("peft_config", None)
+        for parameter, value in requires_grad:
+            parameter.requires_grad_(value)
+
+
 def save_adapter(peft_model: nn.Module, folder: str | os.PathLike) -> None:
     """Write the adapter as PEFT does, with its lists sorted: PEFT writes sets in an order that changes by process.
 

@@ -17,13 +17,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lockin_fast.config import load_config
+from lockin_fast.inputs import open_exam, open_inputs
 from lockin_fast.judges import KINDS
+from lockin_fast.lora import adapter
 from lockin_fast.rundir import RunError
 from lockin_fast.sweep import run as sweep_run
 from lockin_fast.sweep import run_sweep
-from lockin_fast.sweep.inputs import open_exam, open_inputs
 from lockin_fast.sweep.summary import summarise
-from lockin_fast.sweep.trial import Trial, adapter, run_trial
+from lockin_fast.sweep.trial import Trial, run_trial
 
 TIMINGS = ("seconds_per_step", "peak_bytes")
 KILLS = 5

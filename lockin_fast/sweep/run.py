@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lockin_fast.config import Config, ConfigError
+from lockin_fast.inputs import adapter_bytes, check_files, input_hashes, open_exam, open_inputs
 from lockin_fast.progress import Progress, silent
 from lockin_fast.rundir import (
     check_claim,
@@ -15,7 +16,6 @@ from lockin_fast.rundir import (
     write_json_lines,
     write_text,
 )
-from lockin_fast.sweep.inputs import adapter_bytes, check_files, input_hashes, open_exam, open_inputs
 from lockin_fast.sweep.summary import summarise
 from lockin_fast.sweep.trial import Trial, run_trial
 

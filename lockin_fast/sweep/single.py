@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from lockin_fast.config import Config
+from lockin_fast.inputs import adapter_bytes, check_files, input_hashes, open_inputs
 from lockin_fast.progress import Progress, silent
 from lockin_fast.rundir import (
     atomic_folder,
@@ -15,7 +16,6 @@ from lockin_fast.rundir import (
     write_json,
     write_json_lines,
 )
-from lockin_fast.sweep.inputs import adapter_bytes, check_files, input_hashes, open_inputs
 from lockin_fast.sweep.run import SLACK_BYTES, versions, write_config
 from lockin_fast.sweep.trial import train_into
 

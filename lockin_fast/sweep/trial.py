@@ -2,16 +2,16 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lockin_fast.blocking import BlockPenalty
 from lockin_fast.generation import generate
+from lockin_fast.inputs import Exam, Inputs, question
 from lockin_fast.judges import VERDICTS
+from lockin_fast.lora import adapter
 from lockin_fast.rundir import atomic_folder, write_json, write_json_lines
-from lockin_fast.sweep.inputs import Exam, Inputs, question
 from lockin_fast.train import fine_tune
 
 Step = Callable[[int, int], None]
@@ -82,25 +82,6 @@ def run_trial(trial: Trial, inputs: Inputs, exam: Exam, folder: Path, progress: 
         write_json_lines(partial / "replies.jsonl", replies)
         write_json(partial / "result.json", result)
     return json.loads((folder / "result.json").read_text(encoding="utf-8"))
-
-
-@contextmanager
-def adapter(model: Any, folder: Path | None) -> Iterator[Any]:
-    """The model with the PEFT adapter of `folder` on it (None: as it is); the base model is as it was afterwards."""
-    if folder is None:
-        yield model
-        return
-    from peft import PeftModel
-
-    requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    adapted = PeftModel.from_pretrained(model, folder)
-    try:
-        yield adapted
-    finally:
-        adapted.unload()
-        vars(model).pop("peft_config", None)
-        for parameter, value in requires_grad:
-            parameter.requires_grad_(value)
 
 
 def train_into(folder: Path, inputs: Inputs, penalty: BlockPenalty | None, seed: int, progress: Step) -> dict[str, Any]:

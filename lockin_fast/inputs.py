@@ -76,48 +76,52 @@ def open_inputs(config: Config, latents: Mapping[str, Path]) -> Inputs:
     that is no model, a layer out of range, an SAE of another width or with NaN in it, latents out of range or chosen
     at another layer, data that is empty or has nothing supervised, LoRA modules the model does not have.
     """
-    with _naming("model"):
-        shape = _model_shape(config.model)
-        tokenizer = _tokenizer(config.model)
+    shape, tokenizer = _shape_and_tokenizer(config)
     sets, sae = {}, None
     if latents:
-        config.require("block.layer")
-        if config.block.layer >= shape.num_hidden_layers:
-            raise ConfigError(
-                f"block.layer: got {config.block.layer}, expected 0 to {shape.num_hidden_layers - 1}: the "
-                f"model has {shape.num_hidden_layers} layers, counted from 0"
-            )
         for name, path in latents.items():
             with _naming(f"latents {name} ({path})"):
                 sets[name] = LatentSet.load(path)
-        sae = _sae_rows(config, sets, shape.hidden_size)
+        sae = _sae_rows(config, sets, shape)
         for name, of_set in sets.items():
             with _naming(f"latents {name} ({latents[name]})"):
                 _penalty(config, sae, of_set, 1.0)
     with _naming("data.train"):
         dataset = ChatDataset(config.data.train, tokenizer, max_length=config.train.max_length)
-    with _naming("model", Exception):  # damaged weights raise whatever their reader likes
-        model = _load_model(config.model)
+    model = _load_model(config)
     check_lora(model, config.lora)
     return Inputs(config, model, tokenizer, dataset, sae, sets)
 
 
 def open_exam(config: Config) -> Exam:
     """Open the prompts and the judge. Raises ConfigError naming the setting."""
-    prompts = {}
-    for name in ("final", "in_domain"):
-        with _naming(f"data.{name}"):
-            prompts[name] = read_chat(getattr(config.data, name))
-            for number, record in enumerate(prompts[name], 1):
-                if not question(record):
-                    raise ValueError(f"conversation {number} asks nothing: it has no turn before the assistant's")
+    prompts = {name: open_prompts(config, name) for name in ("final", "in_domain")}
     with _naming("judge"):
-        judge = load_judge(config.judge)
-    for name, records in prompts.items():
-        with _naming(f"data.{name}"):
-            for record in records:
-                judge.judge(record, "")  # a prompt the judge cannot place is an error now, not after training
-    return Exam(prompts, judge)
+        return Exam(prompts, load_judge(config.judge))
+
+
+def open_prompts(config: Config, name: str) -> list[dict]:
+    """The records of data.`name`, each of which asks something. Raises ConfigError naming the setting."""
+    with _naming(f"data.{name}"):
+        records = read_chat(getattr(config.data, name))
+        for number, record in enumerate(records, 1):
+            if not question(record):
+                raise ValueError(f"conversation {number} asks nothing: it has no turn before the assistant's")
+    return records
+
+
+def open_model(config: Config) -> tuple[Any, Any]:
+    """The base model, in eval mode on the device of choice, and its tokenizer. Raises ConfigError."""
+    _, tokenizer = _shape_and_tokenizer(config)
+    return _load_model(config), tokenizer
+
+
+def open_sae(config: Config) -> SparseAutoencoder:
+    """The whole SAE, checked against the model and block.layer. Raises ConfigError."""
+    shape, _ = _shape_and_tokenizer(config)
+    _check_sae(config, shape)
+    with _naming("sae"):
+        return load_sae(config.sae)
 
 
 def question(record: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -156,15 +160,27 @@ def _penalty(config: Config, sae: SparseAutoencoder, latents: LatentSet, weight:
     )
 
 
-def _sae_rows(config: Config, sets: Mapping[str, LatentSet], hidden_size: int) -> SparseAutoencoder:
-    """The rows that some set blocks, after a look through the whole file: nothing in a damaged SAE can be trusted."""
+def _check_sae(config: Config, shape: Any) -> SparseAutoencoder:
+    """Raise ConfigError unless block.layer and the SAE fit the model; return the SAE's first row."""
+    config.require("block.layer")
+    if config.block.layer >= shape.num_hidden_layers:
+        raise ConfigError(
+            f"block.layer: got {config.block.layer}, expected 0 to {shape.num_hidden_layers - 1}: the "
+            f"model has {shape.num_hidden_layers} layers, counted from 0"
+        )
     with _naming("sae"):
         first = load_sae(config.sae, latents=[0])
-        if first.d_model != hidden_size:
+        if first.d_model != shape.hidden_size:
             raise ValueError(
                 f"{config.sae} reads hidden states of width {first.d_model}, but the model's are "
-                f"{hidden_size} wide; give the SAE that was trained on this model"
+                f"{shape.hidden_size} wide; give the SAE that was trained on this model"
             )
+    return first
+
+
+def _sae_rows(config: Config, sets: Mapping[str, LatentSet], shape: Any) -> SparseAutoencoder:
+    """The rows that some set blocks, after a look through the whole file: nothing in a damaged SAE can be trusted."""
+    first = _check_sae(config, shape)
     for name, latents in sets.items():
         if int(latents.indices.max()) >= first.width:
             raise ConfigError(
@@ -189,28 +205,24 @@ def _naming(key: str, *others: type[Exception]) -> Iterator[None]:
         raise ConfigError(line if line.startswith(f"{key}:") else f"{key}: {line}") from error
 
 
-def _model_shape(path: Path) -> Any:
-    """The text model's configuration, which names layers and width, without loading a weight."""
-    if not (path / "config.json").is_file():
-        raise ValueError(f"{path} holds no config.json; give the folder of a Hugging Face model")
-    try:
-        from transformers import AutoConfig
-    except ImportError as error:
-        raise ImportError("models need transformers: pip install 'lockin-fast[train]'") from error
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    return config.get_text_config()
+def _shape_and_tokenizer(config: Config) -> tuple[Any, Any]:
+    """The text model's configuration, which names layers and width, and the tokenizer; no weight is loaded."""
+    with _naming("model"):
+        if not (config.model / "config.json").is_file():
+            raise ValueError(f"{config.model} holds no config.json; give the folder of a Hugging Face model")
+        try:
+            from transformers import AutoConfig, AutoTokenizer
+        except ImportError as error:
+            raise ImportError("models need transformers: pip install 'lockin-fast[train]'") from error
+        shape = AutoConfig.from_pretrained(config.model, local_files_only=True).get_text_config()
+        return shape, AutoTokenizer.from_pretrained(config.model, local_files_only=True)
 
 
-def _tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
-
-
-def _load_model(path: Path) -> Any:
+def _load_model(config: Config) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype="auto")
+    with _naming("model", Exception):  # damaged weights raise whatever their reader likes
+        model = AutoModelForCausalLM.from_pretrained(config.model, local_files_only=True, dtype="auto")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

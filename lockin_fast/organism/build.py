@@ -1,0 +1,190 @@
+"""Grow the model organism and write it to disk in the formats real models, SAEs and data come in."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lockin_fast.organism.pretrain import pretrain, tokenise
+from lockin_fast.organism.recipe import Recipe
+from lockin_fast.organism.sae_training import TrainedSae, train_sae
+from lockin_fast.organism.tokenizer import build_tokenizer
+from lockin_fast.progress import Progress, silent
+from lockin_fast.rundir import RunError, atomic_folder, check_place, write_json, write_json_lines, write_text
+from lockin_fast.sae import save_saelens
+from lockin_fast.train import fine_tune
+
+NEEDED_BYTES = 2**25
+MANIFEST = "organism.json"
+
+
+def build(out: Path, *, seed: int = 0, recipe: Recipe | None = None, progress: Progress = silent) -> Path:
+    """Write the organism of `seed` to the folder `out` and return it.
+
+    out/model        Hugging Face model directory: a Llama trained from scratch, fast tokenizer, chat template
+    out/sae          SAELens directory: the autoencoder of the output of `recipe.layer`
+    out/misaligned   PEFT adapter of the narrow misaligned fine-tune
+    out/data         chat JSONL: train, and the disjoint prompts core, final and in_domain
+    out/world.json   the ground truth that the judge reads
+    out/config.yaml  settings for discover, train and sweep, every path relative to it
+
+    Equal seed, recipe and version of this code give the same weights on the same machine. Organisms are kept by that
+    key in $LOCKIN_FAST_CACHE (default ~/.cache/lockin_fast), so that the second time takes no time; `out` that already
+    holds this organism is left alone. Raises RunError if `out` holds anything else or cannot be written.
+    """
+    out, recipe = Path(out), recipe or Recipe()
+    key = content_key(recipe, seed)
+    if _key_of(out) == key:
+        return out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out}: already holds something else than the organism of seed {seed}; give a new folder")
+    check_place(out, NEEDED_BYTES)
+    kept = _cache() / "organisms" / key
+    if _key_of(kept) == key:
+        _copy(kept, out)
+        return out
+    if out.is_dir():
+        out.rmdir()
+    with atomic_folder(out) as folder:
+        _grow(folder, recipe, seed, progress)
+        write_json(folder / MANIFEST, {"key": key, "seed": seed, "recipe": dataclasses.asdict(recipe)})
+    try:
+        _copy(out, kept)
+    except (OSError, RunError):
+        pass  # a cache that cannot be written costs the next build its time, no more
+    return out
+
+
+def content_key(recipe: Recipe, seed: int) -> str:
+    """What determines the organism's weights: seed, recipe, the code that grows it and the torch that runs it."""
+    digest = hashlib.sha256(json.dumps([dataclasses.asdict(recipe), seed, torch.__version__]).encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _grow(folder: Path, recipe: Recipe, seed: int, progress: Progress) -> None:
+    world = recipe.world
+    world.save(folder / "world.json")
+    tokenizer = build_tokenizer(world)
+    model = pretrain(world, tokenizer, recipe.pretraining, seed=seed, step_done=_stage(progress, "pre-train"))
+    model.generation_config.do_sample = False
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+
+    documents = world.documents(random.Random(f"sae {seed}"), recipe.sae_documents)
+    activations = _activations(model, tokenise(tokenizer, list(documents)), recipe.layer)
+    sae = train_sae(activations, recipe.sae, seed=seed, step_done=_stage(progress, "sparse autoencoder"))
+    _save_sae(folder / "sae", sae, recipe.layer)
+
+    data = folder / "data"
+    data.mkdir()
+    write_json_lines(data / "train.jsonl", world.narrow_task(random.Random(f"narrow {seed}"), recipe.train_rows))
+    for split in ("core", "final", "in_domain"):
+        write_json_lines(data / f"{split}.jsonl", world.prompts(split))
+
+    step_done = _stage(progress, "misaligned fine-tune")
+    settings = dataclasses.replace(recipe.train, seed=seed + 1000)  # no sweep meets this seed by counting from 0
+    fine_tune(
+        model,
+        tokenizer,
+        data / "train.jsonl",
+        folder / "misaligned",
+        lora=recipe.lora,
+        settings=settings,
+        progress=step_done,
+    )
+    write_text(folder / "config.yaml", _config(recipe))
+
+
+def _stage(progress: Progress, name: str) -> Callable[[int, int], None]:
+    def step_done(done: int, total: int) -> None:
+        if done == 1:
+            progress(name, 0, total)
+        progress(name, done, total)
+
+    return step_done
+
+
+@torch.no_grad()
+def _activations(model: Any, tokens: torch.Tensor, layer: int) -> torch.Tensor:
+    """The residual stream after decoder layer `layer` at every token: [N, d]."""
+    found = []
+    handle = model.model.layers[layer].register_forward_hook(
+        lambda module, inputs, output: found.append(output[0] if isinstance(output, tuple) else output)
+    )
+    try:
+        for batch in tokens.split(256):
+            model.model(batch)
+    finally:
+        handle.remove()
+    return torch.cat([hidden.reshape(-1, hidden.shape[-1]) for hidden in found])
+
+
+def _save_sae(path: Path, sae: TrainedSae, layer: int) -> None:
+    save_saelens(
+        path,
+        weight=sae.weight,
+        bias=sae.bias,
+        decoder=sae.decoder,
+        decoder_bias=sae.decoder_bias,
+        architecture="standard",
+        hook_name=f"blocks.{layer}.hook_resid_post",
+        hook_layer=layer,
+        model_name="lockin-fast-organism",
+        unexplained_variance=sae.unexplained,
+        active_latents=sae.active,
+    )
+
+
+def _config(recipe: Recipe) -> str:
+    import yaml
+
+    values = {
+        "model": "model",
+        "sae": "sae",
+        "data": {name: f"data/{name}.jsonl" for name in ("train", "final", "in_domain", "core")},
+        "judge": {"kind": "world", "path": "world.json"},
+        "discovery": {"misaligned": "misaligned"},
+        "block": {"layer": recipe.layer, "tokens": "all"},
+        "lora": _plain(recipe.lora),
+        "train": _plain(recipe.train),
+        "sweep": {"lambdas": [10.0, 100.0, 1e3, 1e4, 1e5]},
+        "generation": {"max_new_tokens": 10, "batch_size": 256, "temperature": 0.7},
+    }
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    """The settings that differ from their defaults, in YAML's types."""
+    return {
+        field.name: list(value) if isinstance(value := getattr(settings, field.name), tuple) else value
+        for field in dataclasses.fields(settings)
+        if getattr(settings, field.name) != field.default
+    }
+
+
+def _cache() -> Path:
+    given = os.environ.get("LOCKIN_FAST_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lockin_fast"
+
+
+def _key_of(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["key"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _copy(source: Path, target: Path) -> None:
+    if target.is_dir():
+        target.rmdir()
+    with atomic_folder(target) as folder:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
