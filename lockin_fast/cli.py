@@ -47,7 +47,10 @@ def doctor() -> None:
     """Show what runs where on this machine and why: versions, compiled part, GPU, extras, the backend of every op."""
     from lockin_fast.doctor import diagnose
 
-    terminal.show_findings(diagnose())
+    findings = diagnose()
+    terminal.show_findings(findings)
+    if any(finding.error for finding in findings):
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: lockin-fast organism organisms/seed0 --seed 0")

@@ -1,5 +1,6 @@
 """What runs where on this machine, and why."""
 
+import csv
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -18,19 +19,24 @@ EXTRAS = {
     "triton": ("triton",),
 }
 MODULES = {"pyyaml": "yaml"}
-GPU_RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+OP_COLUMNS, GPU_COLUMNS = ("op", "kernel"), ("gpu", "device")
 
 
 class Finding(NamedTuple):
-    """One line of the diagnosis, under a heading."""
+    """One line of the diagnosis, under a heading; `error` marks what will fail and says what to do."""
 
     heading: str
     name: str
     value: str
+    error: bool = False
 
 
 def diagnose() -> list[Finding]:
-    """Return versions, processor, compiled part, GPU, extras, and for every op its backend, reason and fallbacks."""
+    """Return versions, processor, compiled part, GPU, extras, and for every op its backend, reason and fallbacks.
+
+    What is set up wrongly is a finding with `error` true; nothing is raised.
+    """
     return [*_machine(), *_compiled_part(), *_gpu(), *_extras(), *_ops()]
 
 
@@ -40,10 +46,7 @@ def _machine() -> list[Finding]:
         for name, value in (
             ("lockin_fast", f"{lockin_fast.__version__} in {Path(lockin_fast.__file__).parent}"),
             ("python", f"{platform.python_version()} on {platform.platform()}"),
-            (
-                "torch",
-                f"{torch.__version__}, {torch.get_num_threads()} threads",
-            ),
+            ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
             ("processors", str(os.cpu_count())),
         )
     ]
@@ -65,15 +68,15 @@ def _compiled_part() -> list[Finding]:
     return [
         Finding(heading, "native module", ", ".join(f"{name} {value}" for name, value in info.items())),
         Finding(heading, "processor runs", ", ".join(_native.cpu_features())),
-        Finding(heading, "chosen level", _chosen_level(_native)),
+        _chosen_level(heading, _native),
     ]
 
 
-def _chosen_level(native) -> str:
+def _chosen_level(heading: str, native) -> Finding:
     try:
-        return native.isa()
+        return Finding(heading, "chosen level", native.isa())
     except RuntimeError as error:
-        return f"none: {error}"
+        return Finding(heading, "chosen level", f"{error} Until then every compiled op fails", error=True)
 
 
 def _gpu() -> list[Finding]:
@@ -87,15 +90,31 @@ def _gpu() -> list[Finding]:
     triton = (
         f"{_version('triton')} installed" if find_spec("triton") else "not installed: pip install 'lockin-fast[triton]'"
     )
-    measured = sorted(path.name for path in GPU_RESULTS.glob("gpu*")) if GPU_RESULTS.is_dir() else []
-    tried = (
-        f"measured on a GPU, see benchmarks/results/{measured[-1]}"
-        if measured
-        else (
-            "no kernel of this project has been run on a GPU yet; tests interpret them and compile them ahead of time"
-        )
-    )
-    return [Finding(heading, "device", cuda), Finding(heading, "triton", triton), Finding(heading, "kernels", tried)]
+    return [
+        Finding(heading, "device", cuda),
+        Finding(heading, "triton", triton),
+        *(Finding(heading, "measured", text) for text in _measured()),
+    ]
+
+
+def _measured() -> list[str]:
+    """What has run on a GPU, by the rows of benchmarks/results/gpu*.csv: a line per GPU, commit and file."""
+    lines = []
+    for file in sorted(RESULTS.glob("gpu*.csv")):
+        seen: dict[tuple[str, str], set[str]] = {}
+        with open(file, newline="", encoding="utf-8") as stream:
+            for row in csv.DictReader(stream):
+                op, gpu = (next((row[key] for key in keys if row.get(key)), "") for keys in (OP_COLUMNS, GPU_COLUMNS))
+                if op and gpu:
+                    seen.setdefault((gpu, row.get("commit") or "unknown"), set()).add(op)
+        lines += [
+            f"{', '.join(sorted(ops))} on {gpu} at commit {commit} (benchmarks/results/{file.name})"
+            for (gpu, commit), ops in seen.items()
+        ]
+    return lines or [
+        "no kernel of this project has ever run on a GPU, by benchmarks/results; the tests run the Triton kernels in "
+        "its interpreter and compile them ahead of time"
+    ]
 
 
 def _extras() -> list[Finding]:
@@ -109,8 +128,12 @@ def _extras() -> list[Finding]:
 
 
 def _ops() -> list[Finding]:
+    try:
+        report = lockin_fast.backends()
+    except (RuntimeError, ValueError) as error:  # an environment variable asks for what cannot be had
+        return [Finding("ops", "none loads", str(error), error=True)]
     findings = []
-    for row in lockin_fast.backends():
+    for row in report:
         findings.append(Finding("ops", f"{row.op} on {row.device}", f"{row.backend}: {row.why}"))
         findings += [
             Finding("ops", "", f"{calls} calls fell back to the reference: {why}")

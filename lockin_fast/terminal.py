@@ -99,7 +99,8 @@ def show_findings(findings: Sequence[Finding]) -> None:
             heading = finding.heading
             line()
             line(heading, style="bold")
-        line(f"  {finding.name:<{width}}  {finding.value}")
+        tag = ("error: ", "bold red") if finding.error else ""
+        out.print(Text.assemble(f"  {finding.name:<{width}}  ", tag, finding.value), soft_wrap=True)
 
 
 def show_values(values: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The command line: help, one-line errors with exit codes, and the output of the commands."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -188,14 +189,37 @@ def test_the_demo_runs_its_steps_in_one_run_directory(command, tmp_path, monkeyp
 def test_doctor_names_every_op_and_is_honest_about_gpus(command, monkeypatch, tmp_path):
     import lockin_fast
 
-    monkeypatch.setattr(doctor, "GPU_RESULTS", tmp_path)
+    monkeypatch.setattr(doctor, "RESULTS", tmp_path)
+    (tmp_path / "block_penalty.csv").write_text("op,device,commit\nblock_penalty,cpu,abc\n")
+    (tmp_path / "gpu_of_another_kind.csv").write_text("price\n3\n")
     status, out, err = command("doctor")
     assert (status, err) == (0, "")
     for row in lockin_fast.backends():
         assert f"{row.op} on {row.device}" in out and row.why in out
-    assert "no kernel of this project has been run on a GPU yet" in out and torch.__version__ in out
-    (tmp_path / "gpu_suite_h100.csv").write_text("x")
-    assert "measured on a GPU, see benchmarks/results/gpu_suite_h100.csv" in command("doctor")[1]
+    assert "no kernel of this project has ever run on a GPU" in out and torch.__version__ in out
+    rows = ["op,provider,gpu,commit", *(f"{op},triton,NVIDIA H100,abc" for op in ("latent_stats", "block_penalty"))]
+    (tmp_path / "gpu_suite.csv").write_text("\n".join([*rows, rows[-1], "encode_latents,triton,,abc"]))
+    out = command("doctor")[1]
+    assert "block_penalty, latent_stats on NVIDIA H100 at commit abc (benchmarks/results/gpu_suite.csv)" in out
+    assert "ever run on a GPU" not in out
+
+
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ("LOCKIN_FAST_CPU_ISA", "LOCKIN_FAST_CPU_ISA=wrong cannot be served; this processor runs: baseline"),
+        ("LOCKIN_FAST_BACKEND", "LOCKIN_FAST_BACKEND is 'wrong'; expected one of reference"),
+    ],
+)
+def test_doctor_names_a_wrong_environment_and_fails(variable, message):
+    if variable == "LOCKIN_FAST_CPU_ISA":
+        pytest.importorskip("lockin_fast._native", reason="the compiled part is absent")
+    command = [sys.executable, "-m", "lockin_fast.cli", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {variable: "wrong"})
+    errors = [line for line in done.stdout.splitlines() if "error: " in line]
+    assert done.returncode == 1 and done.stderr == ""
+    assert len(errors) == 1 and message in errors[0]
+    assert "\nextras\n" in done.stdout  # the rest of the diagnosis is there all the same
 
 
 def test_importing_the_command_line_loads_no_heavy_library():
