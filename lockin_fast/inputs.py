@@ -39,7 +39,7 @@ class Inputs:
 class Exam:
     """The prompts every trial answers, and who rates the answers."""
 
-    prompts: Mapping[str, list[dict]]  # "final" and "in_domain" -> records of the JSONL files
+    prompts: Mapping[str, list[dict]]  # such as "final" -> records of the JSONL file
     judge: Judge
 
 
@@ -93,27 +93,22 @@ def open_inputs(config: Config, latents: Mapping[str, Path]) -> Inputs:
     return Inputs(config, model, tokenizer, dataset, sae, sets)
 
 
-def open_exam(config: Config) -> Exam:
-    """Open the prompts and the judge. Raises ConfigError naming the setting."""
-    prompts = {name: open_prompts(config, name) for name in ("final", "in_domain")}
+def open_exam(config: Config, *names: str) -> Exam:
+    """Open the prompts data.`name` of each name, and the judge. Raises ConfigError naming the setting."""
+    prompts = {}
+    for name in names:
+        with _naming(f"data.{name}"):
+            prompts[name] = read_chat(getattr(config.data, name))
+            for number, record in enumerate(prompts[name], 1):
+                if not question(record):
+                    raise ValueError(f"conversation {number} asks nothing: it has no turn before the assistant's")
     with _naming("judge"):
-        return Exam(prompts, load_judge(config.judge))
-
-
-def open_prompts(config: Config, name: str) -> list[dict]:
-    """The records of data.`name`, each of which asks something. Raises ConfigError naming the setting."""
-    with _naming(f"data.{name}"):
-        records = read_chat(getattr(config.data, name))
-        for number, record in enumerate(records, 1):
-            if not question(record):
-                raise ValueError(f"conversation {number} asks nothing: it has no turn before the assistant's")
-    return records
-
-
-def open_model(config: Config) -> tuple[Any, Any]:
-    """The base model, in eval mode on the device of choice, and its tokenizer. Raises ConfigError."""
-    _, tokenizer = _shape_and_tokenizer(config)
-    return _load_model(config), tokenizer
+        judge = load_judge(config.judge)
+    for name, records in prompts.items():
+        with _naming(f"data.{name}"):
+            for record in records:
+                judge.judge(record, "")  # a prompt the judge cannot place is an error now, not after training
+    return Exam(prompts, judge)
 
 
 def open_sae(config: Config) -> SparseAutoencoder:

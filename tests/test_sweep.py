@@ -131,7 +131,7 @@ def test_trials_differ_by_what_sets_them_apart(finished):
 
 def test_the_base_model_comes_back_bit_for_bit(world, tmp_path):
     config = load_config(world, ["output=unused", "sweep.seeds=[0]"])
-    inputs, exam = open_inputs(config, config.sweep.latents), open_exam(config)
+    inputs, exam = open_inputs(config, config.sweep.latents), open_exam(config, "final", "in_domain")
     before = {name: tensor.clone() for name, tensor in inputs.model.state_dict().items()}
     grads = [parameter.requires_grad for parameter in inputs.model.parameters()]
     first = run_trial(Trial("causal", 1.0, 0), inputs, exam, tmp_path / "first", lambda done, total: None)

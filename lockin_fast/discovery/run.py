@@ -4,8 +4,7 @@ from pathlib import Path
 
 from lockin_fast.config import Config, ConfigError
 from lockin_fast.discovery.search import Search
-from lockin_fast.inputs import check_files, open_inputs, open_prompts, open_sae
-from lockin_fast.judges import load_judge
+from lockin_fast.inputs import check_files, open_exam, open_inputs, open_sae
 from lockin_fast.progress import Progress, silent
 from lockin_fast.rundir import check_claim, check_place, claim, hash_files, write_json
 
@@ -45,14 +44,14 @@ def discover(config: Config, progress: Progress = silent) -> dict[str, Path]:
     files = {name: run / "latents" / f"{name}.json" for name in SETS}
     if "discover" in check_claim(run, "discover", entry) and (run / "discovery.json").is_file():
         return files
-    records, judge = open_prompts(config, "core"), load_judge(config.judge)
+    exam = open_exam(config, "core")
     sae = open_sae(config)
     if settings.pool > sae.width:
         raise ConfigError(f"discovery.pool: got {settings.pool}, but the SAE has {sae.width} latents")
     inputs = open_inputs(config, {})
 
     with claim(run, "discover", entry):
-        search = Search(config, inputs, sae, records, judge, progress)
+        search = Search(config, inputs, sae, exam.prompts["core"], exam.judge, progress)
         sets, table = search.run()
         for name, path in files.items():
             path.parent.mkdir(exist_ok=True)

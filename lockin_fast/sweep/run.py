@@ -56,7 +56,7 @@ def run_sweep(config: Config, progress: Progress = silent) -> dict[str, Any]:
     check_place(run, SLACK_BYTES)
     entry = {"config": config.identity(*SECTIONS), "inputs": input_hashes(config, latents)}
     check_claim(run, "sweep", entry, may_grow=MAY_GROW)
-    exam = open_exam(config)
+    exam = open_exam(config, "final", "in_domain")
     inputs = open_inputs(config, latents)
     trials = plan(config)
     missing = sum(not (run / "trials" / trial.name).is_dir() for trial in trials)
