@@ -106,12 +106,28 @@ def sweep(config: ConfigFile, set_: Overrides = None) -> None:
     terminal.show_run(settings.output)
 
 
-@app.command(epilog="Example: lockin-fast report runs/sweep")
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="The output folder of a finished sweep.")]) -> None:
-    """Draw the figures and write the HTML report of a finished sweep again."""
-    from lockin_fast.report import write_report
+@app.command(epilog="Example: lockin-fast report runs/sweep, or: lockin-fast report demo --beside demo1 demo2")
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN [OTHER]...", help="The output folders of finished sweeps.")
+    ],
+    beside: Annotated[
+        bool,
+        typer.Option("--beside", help="Compare RUN with every OTHER; its report shows the comparison from then on."),
+    ] = False,
+) -> None:
+    """Draw the figures and write the HTML report of a finished sweep again, alone or beside other runs."""
+    from lockin_fast.report import compare, stored, write_report
 
+    run, *others = runs
+    if beside != bool(others):
+        raise typer.BadParameter("give one RUN, or RUN --beside OTHER...")
+    if others:
+        compare(run, others)
     write_report(run)
+    if comparison := stored(run):
+        terminal.show_comparison(comparison)
+        terminal.line()
     terminal.show_run(run)
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lockin_fast.doctor import Finding
+from lockin_fast.report import robustness
 from lockin_fast.report.text import HEADINGS, headline, table
 
 WIDE = 100  # columns that the whole table of a sweep takes
@@ -88,6 +89,26 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     line(headline(summary), style="bold")
     if dropped := summary.get("data", {}).get("train_rows_dropped"):
         line(f"note: {dropped} training rows were left out: nothing supervised within train.max_length tokens")
+
+
+def show_comparison(comparison: Mapping[str, Any]) -> None:
+    """The table of a run beside others, its columns in groups, and the mean of the others in a sentence."""
+    rows = robustness.cells(comparison)
+    names = [name for _, group in robustness.COLUMNS for name in group]
+    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
+    starts = [sum(len(group) for _, group in robustness.COLUMNS[:i]) for i in range(len(robustness.COLUMNS))]
+    gaps = [2 if i in starts[1:] else 1 for i in range(len(names))]
+    groups = ""
+    for start, (group, _) in zip(starts, robustness.COLUMNS, strict=True):
+        groups = groups.ljust(sum(widths[:start]) + sum(gaps[1 : start + 1])) + group
+    line()
+    line(groups, style="bold")
+    for number, row in enumerate([names, *rows]):
+        first, *others = zip(row, widths, gaps, strict=True)
+        text = first[0].ljust(first[1]) + "".join(" " * gap + cell.rjust(width) for cell, width, gap in others)
+        line(text, style="bold" if number in (0, len(rows)) else "")
+    line()
+    line(robustness.verdict(comparison), style="bold")
 
 
 def show_findings(findings: Sequence[Finding]) -> None:

@@ -1,12 +1,22 @@
 """The pictures of a sweep: rates against lambda, and what less misalignment costs in the learned task."""
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lockin_fast.report.style import INK, RC, WARN, Look, lambda_axis, looks, percent_axis, spread_apart
-from lockin_fast.rundir import write_bytes
+from lockin_fast.report.style import (
+    INK,
+    WARN,
+    Look,
+    lambda_axis,
+    looks,
+    offset_copy,
+    percent_axis,
+    save_figure,
+    spread_apart,
+)
+
+APART = 11.0  # printer's points between the latent sets of one setting in the trade-off
 
 Summary = Mapping[str, Any]
 
@@ -16,24 +26,12 @@ def draw_figures(summary: Summary, folder: Path) -> list[Path]:
 
     Raises ImportError naming the extra to install when matplotlib is missing, ValueError when nothing was swept.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install 'lockin-fast[report]'") from error
     if not summary["means"]:
         raise ValueError("summary: it holds no blocked trial, so there is nothing to draw")
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    with matplotlib.rc_context(RC):
-        for name, size, draw in (("sweep", (10.4, 5.4), _draw_sweep), ("trade_off", (7.6, 5.0), _draw_trade_off)):
-            figure = Figure(figsize=size, layout="constrained")  # no pyplot: no global state, no display
-            draw(figure, summary)
-            paths.append(folder / f"{name}.png")
-            picture = io.BytesIO()
-            figure.savefig(picture)
-            write_bytes(paths[-1], picture.getvalue())
-    return paths
+    return [
+        save_figure(folder / f"{name}.png", size, lambda figure, draw=draw: draw(figure, summary))
+        for name, size, draw in (("sweep", (10.4, 5.4), _draw_sweep), ("trade_off", (10.4, 5.0), _draw_trade_off))
+    ]
 
 
 def _draw_sweep(figure: Any, summary: Summary) -> None:
@@ -137,49 +135,22 @@ def _name_lines(axes: Any, summary: Summary) -> None:
 
 
 def _draw_trade_off(figure: Any, summary: Summary) -> None:
-    axes = figure.subplots()
-    unblocked = summary["baseline"]
-    points = {name: [_trade_off(row, unblocked) for row in _of_set(summary, name)] for name in _looks(summary)}
-    every = [point for of_set in points.values() for point in of_set]
-    edge = -summary["limits"]["in_domain_drop"] / unblocked["in_domain"] if unblocked["in_domain"] else 0.0
-    low, high = min([x for x, _ in every] + [1.6 * edge]), max([x for x, _ in every] + [0.004])
-    axes.set_xlim(low - 0.06 * (high - low), high + 0.1 * (high - low))
-    bottom = min([y for _, y in every] + [0.0])
-    axes.set_ylim(bottom - 0.07 * (1 - bottom), 1.09)
-    axes.axvspan(-10, edge, color=WARN, alpha=0.06, linewidth=0)
-    axes.annotate(
-        "task down by more\nthan 2 points",
-        (edge, 0.02),
-        (-6, 0),
-        xycoords=("data", "axes fraction"),
-        textcoords="offset points",
-        ha="right",
-        va="bottom",
-        fontsize=9.5,
-        color=WARN,
-    )
-    axes.scatter([0], [0], s=70, color=INK, marker="D", zorder=4, edgecolor="white", label="no blocking")
-    for name, look in _looks(summary).items():
-        _draw_path(axes, name, points[name], _of_set(summary, name), look)
-    if summary["best"]:
-        x, y = _trade_off(summary["best"], unblocked)
-        axes.plot([x], [y], marker="o", markersize=19, markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.6)
-        side = -1 if x > sum(axes.get_xlim()) / 2 else 1
-        axes.annotate(
-            f"best: {summary['best']['latents']}, λ = {summary['best']['lambda']:,g}",
-            (x, y),
-            (15 * side, 2),
-            textcoords="offset points",
-            ha="right" if side < 0 else "left",
-            va="center",
-            fontsize=11,
-            fontweight="bold",
-        )
-    percent_axis(axes.xaxis, signed=True)
-    percent_axis(axes.yaxis)
-    axes.tick_params(length=0)
-    axes.locator_params(axis="x", nbins=6)
+    left, right = figure.subplots(1, 2, sharey=True)
+    figure.get_layout_engine().set(wspace=0.06)
+    limits, in_domain = summary["limits"], summary["baseline"]["in_domain"]
+    edge = -limits["in_domain_drop"] / in_domain if in_domain else 0.0
+    _draw_cost(left, summary, "in_domain", edge, "task down by more\nthan 2 points")
+    _draw_cost(right, summary, "incoherence", limits["incoherence_rise"], "incoherence up by\nmore than 2 points")
+    lowest = min([_removed(row, summary) for row in summary["means"]] + [0.0])
+    left.set_ylim(lowest - 0.07 * (1 - lowest), 1.09)
+    percent_axis(left.yaxis)
+    left.set_title("What less misalignment costs the task …")
+    right.set_title("… and coherence")
+    left.set_xlabel("change of in-domain  ΔAd = (Ad − Ad₀) / Ad₀")
+    right.set_xlabel("change of the share of incoherent replies")
+    left.set_ylabel("misalignment removed  ΔEM = (EM₀ − EM) / EM₀")
     figure.legend(
+        *left.get_legend_handles_labels(),
         loc="outside upper left",
         ncols=4,
         frameon=False,
@@ -188,16 +159,66 @@ def _draw_trade_off(figure: Any, summary: Summary) -> None:
         columnspacing=1.4,
         fontsize=11,
     )
-    axes.set_title("What less misalignment costs the learned task")
-    axes.set_xlabel("change of in-domain performance  ΔAd = (Ad − Ad₀) / Ad₀")
-    axes.set_ylabel("misalignment removed  ΔEM = (EM₀ − EM) / EM₀")
 
 
-def _draw_path(axes: Any, name: str, points: list[tuple[float, float]], rows: list[Mapping], look: Look) -> None:
+def _draw_cost(axes: Any, summary: Summary, key: str, edge: float, warning: str) -> None:
+    """Misalignment removed against the change of `key`; beyond `edge` the cost is more than is tolerated."""
+    points = {
+        name: [(_cost(row, summary, key), _removed(row, summary)) for row in _of_set(summary, name)]
+        for name in _looks(summary)
+    }
+    every = [x for of_set in points.values() for x, _ in of_set]
+    slack = 0.2 * abs(edge) or 0.01
+    low, high = min([*every, 1.6 * edge, -slack]), max([*every, 1.6 * edge, slack])
+    axes.set_xlim(low - 0.07 * (high - low), high + 0.07 * (high - low))
+    outside = (-10, edge) if edge < 0 else (edge, 10)
+    axes.axvspan(*outside, color=WARN, alpha=0.06, linewidth=0)
+    axes.annotate(
+        warning,
+        (edge, 0.02),
+        (6 if edge > 0 else -6, 0),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        ha="left" if edge > 0 else "right",
+        va="bottom",
+        fontsize=9.5,
+        color=WARN,
+    )
+    axes.scatter([0], [0], s=70, color=INK, marker="D", zorder=4, edgecolor="white", label="no blocking")
+    for place, (name, look) in enumerate(_looks(summary).items()):
+        aside = offset_copy(axes, APART * (place - (len(points) - 1) / 2))
+        _draw_path(axes, name, points[name], _of_set(summary, name), look, aside)
+        if summary["best"] and summary["best"]["latents"] == name:
+            x, y = _cost(summary["best"], summary, key), _removed(summary["best"], summary)
+            axes.plot([x], [y], marker="o", markersize=18, color="none", mec=INK, mew=1.6, zorder=6, transform=aside)
+            if key == "in_domain":
+                _name_best(axes, summary["best"], x, y)
+    percent_axis(axes.xaxis, signed=True)
+    axes.tick_params(length=0)
+    axes.locator_params(axis="x", nbins=6)
+
+
+def _name_best(axes: Any, best: Mapping[str, Any], x: float, y: float) -> None:
+    side = -1 if x > sum(axes.get_xlim()) / 2 else 1
+    axes.annotate(
+        f"best: {best['latents']}, λ = {best['lambda']:,g}",
+        (x, y),
+        (24 * side, 0),
+        textcoords="offset points",
+        ha="right" if side < 0 else "left",
+        va="center",
+        fontsize=11,
+        fontweight="bold",
+    )
+
+
+def _draw_path(
+    axes: Any, name: str, points: list[tuple[float, float]], rows: list[Mapping], look: Look, aside: Any
+) -> None:
     """The settings of one latent set in order of lambda; larger markers for larger lambda."""
     x, y = [point[0] for point in points], [point[1] for point in points]
-    axes.plot(x, y, color=look.color, linewidth=1.3, alpha=0.45, zorder=2)
-    sizes = [45 + 70 * i / max(len(rows) - 1, 1) for i in range(len(rows))]
+    axes.plot(x, y, color=look.color, linewidth=1.3, alpha=0.45, zorder=2, transform=aside)
+    sizes = [40 + 60 * i / max(len(rows) - 1, 1) for i in range(len(rows))]
     axes.scatter(
         x,
         y,
@@ -207,14 +228,23 @@ def _draw_path(axes: Any, name: str, points: list[tuple[float, float]], rows: li
         edgecolor="white",
         linewidth=1.0,
         zorder=3,
+        transform=aside,
         label=f"{name}, {rows[0]['latent_count']} latents",
     )
 
 
-def _trade_off(row: Mapping[str, Any], unblocked: Mapping[str, Any]) -> tuple[float, float]:
-    """(dAd, dEM) of a setting against the unblocked baseline; 0 where the baseline leaves nothing to change."""
-    task = row["in_domain"] / unblocked["in_domain"] - 1 if unblocked["in_domain"] else 0.0
-    return task, 1 - row["em"] / unblocked["em"] if unblocked["em"] else 0.0
+def _cost(row: Mapping[str, Any], summary: Summary, key: str) -> float:
+    """dAd, relative, or the change of incoherence in points, against the unblocked baseline."""
+    before = summary["baseline"][key]
+    if key == "incoherence":
+        return row[key] - before
+    return row[key] / before - 1 if before else 0.0
+
+
+def _removed(row: Mapping[str, Any], summary: Summary) -> float:
+    """dEM against the unblocked baseline; 0 where that leaves nothing to remove."""
+    before = summary["baseline"]["em"]
+    return 1 - row["em"] / before if before else 0.0
 
 
 def _looks(summary: Summary) -> dict[str, Look]:

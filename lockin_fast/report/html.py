@@ -6,16 +6,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lockin_fast.report import discovery, robustness
 from lockin_fast.report.figures import draw_figures
 from lockin_fast.report.text import HEADINGS, headline, table
-from lockin_fast.rundir import RunError, read_json_lines, write_text
+from lockin_fast.rundir import read_json_lines, write_text
+
+PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
 SAMPLES = 12
 CAPTIONS = {
     "sweep": "Rates on generated replies against blocking strength λ. Lines are means over seeds, bands run from the "
     "lowest to the highest seed, the dashed line is fine-tuning without blocking. Shaded: more than two points lost.",
-    "trade_off": "Each point is one setting, larger for larger λ. Up: less misalignment. Left: less of the task "
-    "learned. Subscript 0 is fine-tuning without blocking; the ring marks the best setting.",
+    "trade_off": "Each point is one setting, larger for larger λ. Up: less misalignment. Left: what became of the "
+    "learned task; right: of coherence; shaded: more than two points lost. Subscript 0 is fine-tuning without "
+    "blocking; the ring marks the best setting. Sets are drawn a little apart, so that equal values can be told apart.",
 }
 
 
@@ -23,27 +27,27 @@ def write_report(run: str | Path) -> Path:
     """Draw the figures of the finished sweep in the folder `run`, write its report.html, and return its path.
 
     The file carries its images, styles and script; it shows the headline, the table, the figures, replies before and
-    after blocking to prompts taken at even distances (not picked), the configuration and where everything came from.
+    after blocking to prompts taken at even distances (not picked), the configuration and where everything came from;
+    what discovery found where `run` has a discovery.json, and other runs once `robustness.compare` has named them.
     Raises RunError when `run` holds no finished sweep, ImportError naming the extra when jinja2 or matplotlib is
     missing.
     """
     run = Path(run)
-    try:
-        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunError(f"{run}: no summary.json in it; give the output folder of a finished sweep") from None
-    except json.JSONDecodeError as error:
-        raise RunError(f"{run / 'summary.json'}: not valid JSON: {error}") from error
-    figures = draw_figures(summary, run / "figures")
+    summary = robustness.read_summary(run)
+    found = discovery.read_discovery(run)
+    others = robustness.stored(run)
+    figures = [
+        {"name": path.stem, "data": _encoded(path), "caption": CAPTIONS[path.stem]}
+        for path in draw_figures(summary, run / "figures")
+    ]
     page = _template().render(
         headline=headline(summary),
         headings=HEADINGS,
         rows=table(summary),
+        figures=figures,
+        others=others and _others(others),
+        discovery=found and _discovery(found, run / "figures"),
         samples=_samples(run, summary),
-        figures=[
-            {"name": path.stem, "data": base64.b64encode(path.read_bytes()).decode(), "caption": CAPTIONS[path.stem]}
-            for path in figures
-        ],
         best=summary["best"],
         baseline=summary["baseline"],
         config=_text_of(run / "config.yaml"),
@@ -61,7 +65,29 @@ def _template() -> Any:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    return environment.from_string(Path(__file__).with_name("template.html").read_text(encoding="utf-8"))
+    return environment.from_string(PAGE)
+
+
+def _others(comparison: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "verdict": robustness.verdict(comparison),
+        "columns": robustness.COLUMNS,
+        "rows": robustness.cells(comparison),
+    }
+
+
+def _discovery(found: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    return {
+        "figure": _encoded(discovery.draw_discovery(found, folder)),
+        "caption": discovery.caption(found),
+        "headings": discovery.HEADINGS,
+        "rows": discovery.rows(found),
+        "count": len(found["causal"]),
+    }
+
+
+def _encoded(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
 
 
 def _samples(run: Path, summary: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,7 +1,11 @@
 """The look that all figures share: colours and markers of the latent sets, axes, labels that do not collide."""
 
-from collections.abc import Iterable, Sequence
+import io
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from lockin_fast.rundir import write_bytes
 
 INK, MUTED, GRID, WARN = "#1f2933", "#616e7c", "#e4e7eb", "#9b2c2c"
 RC = {
@@ -39,6 +43,26 @@ class Look(NamedTuple):
 
 KNOWN = {"causal": Look("#0072B2", "o"), "top-delta": Look("#D55E00", "s"), "random": Look("#7b8794", "^")}
 SPARE = [Look("#009E73", "D"), Look("#CC79A7", "v"), Look("#8a6d00", "P"), Look("#56B4E9", "X"), Look("#4b2e83", "p")]
+
+
+def save_figure(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) -> Path:
+    """Let `draw` fill a figure of `size` inches in the shared style, write it as PNG to `path`, and return that.
+
+    Raises ImportError naming the extra to install when matplotlib is missing.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("figures need matplotlib: pip install 'lockin-fast[report]'") from error
+    with matplotlib.rc_context(RC):
+        figure = Figure(figsize=size, layout="constrained")  # no pyplot: no global state, no display
+        draw(figure)
+        picture = io.BytesIO()
+        figure.savefig(picture)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, picture.getvalue())
+    return path
 
 
 def looks(names: Iterable[str]) -> dict[str, Look]:
@@ -88,6 +112,13 @@ def lambda_axis(axes: Any, lambdas: Sequence[float]) -> None:
     axes.grid(False, axis="x")
     axes.tick_params(length=0)
     axes.tick_params(axis="x", which="minor", length=2, color="#cbd2d9")
+
+
+def offset_copy(axes: Any, right: float) -> Any:
+    """The transform of `axes`' data, moved `right` by so many printer's points: what coincides can be told apart."""
+    from matplotlib.transforms import ScaledTranslation
+
+    return axes.transData + ScaledTranslation(right / 72, 0, axes.figure.dpi_scale_trans)
 
 
 def percent_axis(axis: Any, *, signed: bool = False) -> None:

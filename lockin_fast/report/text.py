@@ -31,9 +31,8 @@ def headline(summary: Summary) -> str:
     return (
         f"Blocking {best['latent_count']} {best['latents']} latents at lambda {best['lambda']:,g} cuts emergent "
         f"misalignment from {percent(unblocked['em'])} to {percent(best['em'])} "
-        f"({signed_percent(-best['em_reduction'])}), with in-domain going from {percent(unblocked['in_domain'])} to "
-        f"{percent(best['in_domain'])} and incoherence from {percent(unblocked['incoherence'])} to "
-        f"{percent(best['incoherence'])}{_over_seeds(len(best['seeds']))}."
+        f"({signed_percent(-best['em_reduction'])}); in-domain {_moves(unblocked['in_domain'], best['in_domain'])}, "
+        f"incoherence {_moves(unblocked['incoherence'], best['incoherence'])}{_over_seeds(len(best['seeds']))}."
     )
 
 
@@ -59,6 +58,11 @@ def signed_percent(value: float) -> str:
     return "0.0%" if text[1:] == "0.0%" else text.replace("-", "−")
 
 
+def points(change: float | None) -> str:
+    """A change of a rate in percentage points: 0.0123 as +1.2, with a real minus sign."""
+    return "–" if change is None else signed_percent(change)[:-1]
+
+
 def _row(row: Mapping[str, Any], name: str, *, best: bool = False) -> TableRow:
     change, penalty, seconds = row.get("em_reduction"), row["penalty"], row["seconds_per_step"]
     cells = (
@@ -82,6 +86,12 @@ def _row(row: Mapping[str, Any], name: str, *, best: bool = False) -> TableRow:
 
 def _setting(row: Mapping[str, Any]) -> tuple:
     return row["latents"], row["lambda"]
+
+
+def _moves(before: float, after: float) -> str:
+    if percent(before) == percent(after):
+        return f"stays at {percent(after)}"
+    return f"goes from {percent(before)} to {percent(after)}"
 
 
 def _over_seeds(count: int) -> str:
