@@ -48,10 +48,14 @@ def discover(config: Config, progress: Progress = silent) -> dict[str, Path]:
     sae = open_sae(config)
     if settings.pool > sae.width:
         raise ConfigError(f"discovery.pool: got {settings.pool}, but the SAE has {sae.width} latents")
+    if sae.normalization != "none":
+        raise ConfigError(
+            f"sae: it normalises every token ({sae.normalization}), which joint repair cannot undo; give another SAE"
+        )
     inputs = open_inputs(config, {})
 
     with claim(run, "discover", entry):
-        search = Search(config, inputs, sae, exam.prompts["core"], exam.judge, progress)
+        search = Search(config, inputs, sae.to(inputs.model.device), exam.prompts["core"], exam.judge, progress)
         sets, table = search.run()
         for name, path in files.items():
             path.parent.mkdir(exist_ok=True)
