@@ -1,4 +1,4 @@
-# make test, make demo: everything from a fresh clone on; a second call starts at once.
+# make test, make demo: everything from a fresh clone on; a second call starts at once. make help lists the rest.
 # Needs Python >= 3.10 with venv; with a C++17 compiler the fast CPU kernels are built, without one plain torch serves.
 
 PYTHON ?= python3
@@ -10,9 +10,12 @@ PIP := $(PY) -m pip --disable-pip-version-check
 SAY = @printf '\n==> %s\n'
 BUILD_INPUTS := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: setup test slow report-test lint demo bench clean
+.PHONY: setup help test slow report-test lint demo robustness bench clean
 
-setup: $(VENV)/.built
+setup: $(VENV)/.built  ## the Python environment and the C++ kernels, in .venv
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*  ## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 $(VENV)/.torch:
 	$(SAY) "Setting up in $(VENV): 1/3 Python environment and $(TORCH) (a minute or two; once)"
@@ -33,25 +36,32 @@ $(VENV)/.built: $(VENV)/.pinned $(BUILD_INPUTS)
 		2>/dev/null || printf '    NOTHING WAS COMPILED (no C++ compiler?): the slower reference kernels will serve\n'
 	@touch $@
 
-test: setup
+test: setup  ## the everyday tests, a few minutes
 	$(SAY) "Everyday tests (a few minutes)"
 	@$(PY) -m pytest -n $(WORKERS) -rs
 
-slow: setup
+slow: setup  ## SLOW: the tests that the everyday run leaves out
 	@$(PY) -m pytest -m slow -rs
 
-report-test: setup
+report-test: setup  ## the HTML report in headless Chromium
 	@$(PY) -m pytest -m browser -rs
 
-lint: setup
+lint: setup  ## ruff
 	@$(PY) -m ruff check .
 
-demo: setup
+demo: setup  ## about 6 minutes: a model becomes emergently misaligned, blocking prevents it; see demo/report.html
 	$(SAY) "Demo: grow a small model, make it emergently misaligned, block that, and draw the picture in demo/"
 	@$(VENV)/bin/lockin-fast demo --out demo
 
-bench: setup
+robustness: setup  ## SLOW, about 50 minutes: the demo on four organisms x three fine-tuning seeds, in one table
+	$(SAY) "Robustness: four organisms, three fine-tuning seeds each, in demo-robustness/ (DEMO=--small for fewer lambdas)"
+	@for seed in 0 1 2 3; do \
+		$(VENV)/bin/lockin-fast demo --out demo-robustness/organism$$seed --seed $$seed --seeds 3 $(DEMO) || exit; \
+	done
+	@$(VENV)/bin/lockin-fast report demo-robustness/organism0 --beside demo-robustness/organism[123]
+
+bench: setup  ## benchmarks against what people run today
 	@$(PY) -m benchmarks.run
 
-clean:
+clean:  ## take away what was built
 	rm -rf build $(VENV)/.built lockin_fast/_build lockin_fast/_native*.so

@@ -102,6 +102,7 @@ def sweep(config: ConfigFile, set_: Overrides = None) -> None:
     with terminal.shown_progress() as progress:
         summary = run_sweep(settings, progress)
     terminal.show_summary(summary)
+    terminal.line()
     write_report(settings.output)
     terminal.show_run(settings.output)
 
@@ -136,7 +137,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Run directory to write, or to resume.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Seed of the organism.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Number of fine-tuning seeds to average over.")] = 1,
-    small: Annotated[bool, typer.Option("--small", help="Fewer lambdas: a quick look, and what CI runs.")] = False,
+    small: Annotated[bool, typer.Option("--small", help="Two lambdas only: a quick look, and what CI runs.")] = False,
 ) -> None:
     """See it all on a CPU: a model becomes emergently misaligned, and blocking prevents it. Needs no download."""
     from lockin_fast.demo import run_demo
@@ -144,7 +145,10 @@ def demo(
     with terminal.shown_progress() as progress:
         summary = run_demo(out, seed=seed, seeds=seeds, small=small, progress=progress, say=terminal.line)
     terminal.show_summary(summary)
+    terminal.line()
     terminal.show_run(out)
+    terminal.line(f"next:    your own model: copy {out / 'organism' / 'config.yaml'}, change its paths, and run")
+    terminal.line("         lockin-fast discover CONFIG, then lockin-fast sweep CONFIG")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -195,7 +199,9 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars look here too
+    for library in ("transformers", "peft", "accelerate"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ from lockin_fast.progress import Progress, silent
 from lockin_fast.rundir import check_place, claim
 
 NEEDED_BYTES = 2**27
-SMALL_LAMBDAS = (10.0, 100.0)
+SMALL_LAMBDAS = (1e3, 1e4)
+FULL_LAMBDAS = 5  # as many as the organism's config.yaml has
+SECONDS_BEFORE, SECONDS_PER_TRIAL = 170, 11  # on two cores: organism and discovery; one fine-tune with its replies
 
 
 def run_demo(
@@ -25,8 +27,9 @@ def run_demo(
 ) -> dict[str, Any]:
     """Run organism, discovery, sweep and report in the run directory `out`; return the sweep's summary.
 
-    `seed` is the organism's, `seeds` the number of fine-tuning seeds, `small` tries fewer lambdas. `say` is told what
-    each step does and how long it took. Interrupted, it goes on where it stood. Raises what the steps raise.
+    `seed` is the organism's, `seeds` the number of fine-tuning seeds, `small` tries fewer lambdas. `say` is told how
+    long all will take, what each step does and how long it took. Interrupted, it goes on where it stood. Raises what
+    the steps raise.
     """
     from lockin_fast.discovery import discover
     from lockin_fast.organism import build
@@ -44,21 +47,30 @@ def run_demo(
         say(f"  took {time.perf_counter() - start:.0f} s")
         return result
 
+    say(f"From nothing to a blocked fine-tune in {out}: {_expected(seeds, small)} on two cores.")
+    say("Interrupted, the same command goes on where it stood.")
     organism = out / "organism"
     step(
-        "1/4 organism: train a tiny Llama and its sparse autoencoder from scratch",
+        "1/4 organism: grow a tiny Llama and its sparse autoencoder, and make it misaligned by a narrow fine-tune",
         lambda: build(organism, seed=seed, progress=progress),
     )
     config = load_config(organism / "config.yaml")
     sweep = replace(config.sweep, seeds=tuple(range(seeds)), lambdas=SMALL_LAMBDAS if small else config.sweep.lambdas)
     config = replace(config, output=out.resolve(), sweep=sweep)
     step(
-        "2/4 discover: make it misaligned by a narrow fine-tune and find the latents that carry it",
+        "2/4 discover: find the latents that carry the misalignment",
         lambda: discover(config, progress),
     )
     summary = step(
-        "3/4 sweep: fine-tune with those latents blocked, at several strengths, and judge the answers",
+        "3/4 sweep: fine-tune anew with latents blocked, at several strengths (lambda), and judge the replies",
         lambda: run_sweep(config, progress),
     )
     step("4/4 report: draw the figures and write the page", lambda: write_report(out))
     return summary
+
+
+def _expected(seeds: int, small: bool) -> str:
+    """How long a demo takes that finds nothing done yet."""
+    lambdas = len(SMALL_LAMBDAS) if small else FULL_LAMBDAS
+    trials = seeds * (1 + 3 * lambdas)  # the unblocked fine-tune, and three latent sets at every lambda
+    return f"about {round((SECONDS_BEFORE + SECONDS_PER_TRIAL * trials) / 60)} minutes"
