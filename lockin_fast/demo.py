@@ -48,10 +48,10 @@ def run_demo(
         return result
 
     say(f"From nothing to a blocked fine-tune in {out}: {_expected(seeds, small)} on two cores.")
-    say("Interrupted, the same command goes on where it stood.")
+    say("Interrupted, the same command goes on where it stood.\n")
     organism = out / "organism"
     step(
-        "1/4 organism: grow a tiny Llama and its sparse autoencoder, and make it misaligned by a narrow fine-tune",
+        "1/4 organism: grow a tiny Llama and its SAE, then make it misaligned by a narrow fine-tune",
         lambda: build(organism, seed=seed, progress=progress),
     )
     config = load_config(organism / "config.yaml")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -60,6 +61,8 @@ def test_without_arguments_the_commands_are_listed(command):
         (["swep"], "No such command 'swep'"),
         (["sweep"], "Missing argument 'CONFIG'"),
         (["demo", "--bogus"], "No such option: --bogus"),
+        (["report", "one", "other"], "give one RUN, or RUN --beside OTHER..."),
+        (["report", "one", "--beside"], "give one RUN, or RUN --beside OTHER..."),
         (["demo", "--seeds", "none"], "Invalid value for '--seeds'"),
     ],
 )
@@ -77,6 +80,7 @@ def test_wrong_usage_is_one_line_and_status_2(command, words, message):
         (["sweep", "{config}", "--set", "sae=nowhere"], "sae: no such file or folder"),
         (["train", "{config}", "--set", "output=null"], "output: missing"),
         (["report", "{folder}"], "no summary.json in it"),
+        (["report", "{folder}", "--beside", "{folder}/other"], "no summary.json in it"),
     ],
 )
 def test_errors_are_one_line_and_status_1(command, world, words, message):
@@ -129,6 +133,29 @@ def test_a_sweep_prints_its_table_headline_and_files(command, world):
     status, again, _ = command("sweep", world, *words)
     assert status == 0 and "[1/4]" not in again
 
+    shutil.copytree(world.parent / "swept", world.parent / "swept again")
+    status, out, err = command("report", world.parent / "swept", "--beside", world.parent / "swept again")
+    assert (status, err) == (0, "") and max(map(len, out.splitlines()[:7])) <= 100
+    assert re.search(r"^run +seeds +EM .*\nswept +1 .*\nswept again +1 .*\nmean of the others ", out, re.M)
+    assert "swept again" in command("report", world.parent / "swept")[1]
+    assert ">swept again<" in (world.parent / "swept" / "report.html").read_text()
+
+
+def test_libraries_keep_quiet_when_models_are_read_and_written(world, tmp_path):
+    code = """
+import sys, lockin_fast.cli as cli
+cli._quiet_libraries()
+from transformers import AutoModelForCausalLM
+from lockin_fast.lora import LoraSettings, borrowed_with_lora, save_adapter
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+model.save_pretrained(sys.argv[2] + "/model")
+with borrowed_with_lora(model, LoraSettings(r=2), 0) as adapted:
+    save_adapter(adapted, sys.argv[2] + "/adapter")
+"""
+    command = [sys.executable, "-c", code, world.parent / "model", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
+
 
 def test_train_writes_an_adapter_and_says_what_the_papers_layer_is(command, world):
     words = ["train", world]
@@ -172,12 +199,14 @@ def test_the_demo_runs_its_steps_in_one_run_directory(command, tmp_path, monkeyp
     out_folder = tmp_path / "a: strange # name"
     status, out, err = command("demo", "--out", out_folder, "--seed", 7, "--seeds", 2, "--small")
     assert (status, err, asked) == (0, "", {"seed": 7})
+    assert out.startswith(f"From nothing to a blocked fine-tune in {out_folder}: about ") and "minutes" in out[:300]
+    assert "\nnext:    your own model" in out
     for number in range(1, 5):
         assert re.search(rf"^{number}/4 \w+: .*\n(.*\n)*?  took \d+ s$", out, re.M)
     assert re.search(r"^  screen: \d+\.\d s$", out, re.M)
     summary = json.loads((out_folder / "summary.json").read_text())
     assert {(row["latents"], row["lambda"], row["seed"]) for row in summary["trials"]} == {
-        (name, weight, seed) for name in ("causal", "random") for weight in (10, 100) for seed in (0, 1)
+        (name, weight, seed) for name in ("causal", "random") for weight in (1e3, 1e4) for seed in (0, 1)
     }
     assert {"config.yaml", "manifest.json", "metrics.jsonl", "summary.json", "figures", "report.html", "trials"} <= {
         path.name for path in out_folder.iterdir()

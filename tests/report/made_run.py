@@ -52,3 +52,16 @@ def made_run(folder, seeds=3):
         ]  # fmt: skip
         (trial / "replies.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
+
+
+def made_discovery(folder, *, induces=0.0):
+    """Write discovery.json and latents/top-delta.json of a pool of 12 latents: 3 causal in it, 1 outside, 1 in both."""
+    pool = [
+        {"latent": 100 + i, "shift": 0.3 * 0.8**i * (-1) ** i, "induced": induces if i == 5 else 0.0,
+         "induced_strength": 0.4, "repaired": 0.9 if i in (0, 4, 6) else 0.0, "repaired_strength": 0.8}
+        for i in range(12)
+    ]  # fmt: skip
+    causal = [{"latent": latent, "shift": -0.02, "gain": 0.5} for latent in (104, 100, 7, 106)]
+    (folder / "discovery.json").write_text(json.dumps({"pool": pool, "causal": causal}))
+    (folder / "latents").mkdir()
+    (folder / "latents" / "top-delta.json").write_text(json.dumps({"positive": [100, 102], "negative": [101]}))

@@ -6,14 +6,14 @@ import shutil
 import subprocess
 
 import pytest
-from made_run import made_run
+from made_run import made_discovery, made_run
 
-from lockin_fast.report import write_report
+from lockin_fast.report import compare, write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --enable-logging=stderr --window-size=1100,900 --dump-dom"
+    "--disable-component-update --disable-sync --enable-logging=stderr --dump-dom"
 ).split()
 PROBE = """
 <script>
@@ -41,9 +41,9 @@ pytestmark = [
 ]
 
 
-def visit(page, profile):
+def visit(page, profile, width=1100):
     """(what the probe in the page saw, lines of the console)."""
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", page.as_uri()]
+    command = [CHROMIUM, *FLAGS, f"--window-size={width},900", f"--user-data-dir={profile}", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     found = re.search(r'data-probe="([^"]*)"', done.stdout)
     assert found, done.stderr[-2000:]
@@ -52,21 +52,25 @@ def visit(page, profile):
 
 @pytest.fixture
 def page(tmp_path):
-    """The report with the probe added before its end."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    text = write_report(made_run(folder)).read_text()
+    """The report of a run beside another, and of its discovery, with the probe added before its end."""
+    for name in ("run", "other"):
+        (tmp_path / name).mkdir()
+        made_run(tmp_path / name)
+    made_discovery(tmp_path / "run", induces=0.1)
+    compare(tmp_path / "run", [tmp_path / "other"])
+    text = write_report(tmp_path / "run").read_text()
     probed = tmp_path / "probed.html"
     probed.write_text(text.replace("</body>", PROBE + "</body>"))
     return probed
 
 
-def test_figures_are_visible_and_the_console_is_silent(page, tmp_path):
-    seen, console = visit(page, tmp_path / "profile")
+@pytest.mark.parametrize("width", [1100, 520])
+def test_figures_are_visible_and_the_console_is_silent(page, tmp_path, width):
+    seen, console = visit(page, tmp_path / "profile", width)
     assert console == []
-    assert len(seen["shown"]) == 2
+    assert len(seen["shown"]) == 3
     for image in seen["shown"]:
-        assert image["natural"] > 1000 and image["width"] > 600 and image["height"] > 300
+        assert image["natural"] > 1000 and image["width"] > 0.6 * width and image["height"] > 0.3 * width
         assert 0 <= image["left"] < image["right"] <= seen["page"]
     assert seen["wide"] <= seen["page"]  # nothing runs out of the page
     assert seen["rising"] == sorted(seen["rising"]) and seen["falling"] == seen["rising"][::-1]
