@@ -1,10 +1,13 @@
 """Find the latents that carry emergent misalignment and write them as latent sets that the sweep can block."""
 
 from pathlib import Path
+from textwrap import shorten
+from typing import Any
 
 from lockin_fast.config import Config, ConfigError
 from lockin_fast.discovery.search import Search
 from lockin_fast.inputs import check_files, open_exam, open_inputs, open_sae
+from lockin_fast.lora import adapter
 from lockin_fast.progress import Progress, silent
 from lockin_fast.rundir import check_claim, check_place, claim, hash_files, write_json
 
@@ -42,7 +45,8 @@ def discover(config: Config, progress: Progress = silent) -> dict[str, Path]:
         "inputs": {name: hash_files(path) for name, path in paths.items()},
     }
     files = {name: run / "latents" / f"{name}.json" for name in SETS}
-    if "discover" in check_claim(run, "discover", entry) and (run / "discovery.json").is_file():
+    finished = all(path.is_file() for path in (run / "discovery.json", *files.values()))
+    if "discover" in check_claim(run, "discover", entry) and finished:
         return files
     exam = open_exam(config, "core")
     sae = open_sae(config)
@@ -53,6 +57,7 @@ def discover(config: Config, progress: Progress = silent) -> dict[str, Path]:
             f"sae: it normalises every token ({sae.normalization}), which joint repair cannot undo; give another SAE"
         )
     inputs = open_inputs(config, {})
+    _check_adapter(inputs.model, settings.misaligned)
 
     with claim(run, "discover", entry):
         search = Search(config, inputs, sae.to(inputs.model.device), exam.prompts["core"], exam.judge, progress)
@@ -62,3 +67,13 @@ def discover(config: Config, progress: Progress = silent) -> dict[str, Path]:
             sets[name].save(path)
         write_json(run / "discovery.json", table)
     return files
+
+
+def _check_adapter(model: Any, folder: Path) -> None:
+    """Raise ConfigError, one line, unless the adapter can be put on the model."""
+    try:
+        with adapter(model, folder):
+            pass
+    except Exception as error:  # PEFT's readers raise whatever they like, a line for every weight
+        reason = shorten(str(error), 240)
+        raise ConfigError(f"discovery.misaligned: {folder} does not fit the model: {reason}") from error

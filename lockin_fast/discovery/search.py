@@ -23,6 +23,8 @@ from lockin_fast.rundir import PARTIAL
 from lockin_fast.sae import SparseAutoencoder
 from lockin_fast.train import fine_tune
 
+Contrast = tuple[list[dict[str, str]], str, str]  # a prompt, a misaligned reply to it, an aligned one
+
 
 @dataclass(frozen=True)
 class Search:
@@ -40,12 +42,18 @@ class Search:
         settings, model = self.config.discovery, self.inputs.model
         told = self._base_conversations()
         with adapter(model, settings.misaligned) as adapted:
+            contrasts = self._contrasts(adapted)
+            if not contrasts:
+                raise ConfigError(
+                    f"discovery.misaligned: in {settings.samples} samples a core prompt, this adapter never gives both "
+                    "a misaligned and an aligned reply, so there is nothing to tell apart"
+                )
             shift = self._shift(adapted, told, "shift of every latent")
             pool = _largest(shift, settings.pool)
             repaired = self._screen(adapted, pool, shift, repair=True)
         induced = self._screen(model, pool, shift, repair=False)
         repairs = {latent for latent, effect in zip(pool, repaired, strict=True) if effect.gain > 0}
-        causal = self.causal(told, repairs)
+        causal = self.causal(told, contrasts, repairs)
         largest = {latent: shift[latent].item() for latent in pool[: settings.latents]}
         generator = torch.Generator().manual_seed(settings.seed)
         drawn = torch.randperm(self.sae.width, generator=generator)[: settings.latents].tolist()
@@ -56,8 +64,8 @@ class Search:
         }
         return sets, _table(pool, shift.tolist(), induced, repaired, causal)
 
-    def causal(self, told: list[list[dict]], repairs: set[int]) -> list["Found"]:
-        """The causal set, best first within each round.
+    def causal(self, told: list[list[dict]], first: list[Contrast], repairs: set[int]) -> list["Found"]:
+        """The causal set, best first within each round; `first` are the contrasts of the misaligned model.
 
         Every round looks at the latents that the model of that round shifts most and builds its part by `joint_repair`;
         the first keeps to `repairs`, the latents whose steering repaired the misaligned model. After a round the model
@@ -75,12 +83,7 @@ class Search:
                 count = (settings.latents - len(found)) // (settings.rounds - number)
                 name = f"joint repair, round {number + 1} of {settings.rounds}"
                 with adapter(self.inputs.model, trained if number else misaligned) as adapted:
-                    contrasts = self._contrasts(adapted)
-                    if not contrasts and not number:
-                        raise ConfigError(
-                            f"discovery.misaligned: in {settings.samples} samples a core prompt, this adapter never "
-                            "gives both a misaligned and an aligned reply, so there is nothing to tell apart"
-                        )
+                    contrasts = self._contrasts(adapted) if number else first
                     if contrasts:
                         found += self._part(
                             adapted, told, contrasts, found, repairs if not number else None, count, name
@@ -88,7 +91,7 @@ class Search:
                 if not contrasts:
                     with adapter(self.inputs.model, misaligned) as adapted:
                         missing = settings.latents - len(found)
-                        found += self._part(adapted, told, self._contrasts(adapted), found, repairs, missing, name)
+                        found += self._part(adapted, told, first, found, repairs, missing, name)
                     break
         return found
 
@@ -141,7 +144,7 @@ class Search:
             step_done=self._stage("repair by steering" if repair else "induce by steering"),
         )
 
-    def _contrasts(self, adapted) -> list[tuple[list[dict[str, str]], str, str]]:
+    def _contrasts(self, adapted) -> list[Contrast]:
         """(prompt, misaligned reply, aligned reply), both sampled from the model at hand.
 
         Its own replies of both kinds share the style that fine-tuning gave it, so that what tells them apart is
