@@ -15,7 +15,7 @@ import lockin_fast
 EXTRAS = {
     "train": ("transformers", "peft", "accelerate"),
     "report": ("matplotlib", "jinja2"),
-    "cli": ("typer", "rich", "tqdm", "pyyaml"),
+    "cli": ("typer", "rich", "pyyaml"),
     "triton": ("triton",),
 }
 MODULES = {"pyyaml": "yaml"}
