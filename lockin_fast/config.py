@@ -63,7 +63,7 @@ class DiscoverySettings:
     weight: float = 1e4
     strengths: tuple[float, ...] = (0.4, 0.8)
     incoherence_budget: float = 0.10
-    prompts: int | None = 40
+    prompts: int | None = 45
     samples: int = 16
     seed: int = 0
 

@@ -44,9 +44,8 @@ def joint_repair(
     Costs about (P + RECONSIDERED * count) * 2 * len(contrasts) forward rows and generates nothing.
     """
     ids, attention, in_reply = _tokenise(tokenizer, contrasts, next(adapted.parameters()).device)
-    inputs = {"input_ids": ids, "attention_mask": attention}
-    h = Reference(adapted, layer, adapters=False).hidden_state((), inputs)  # [R, S, d]
-    h_base = Reference(adapted, layer, adapters=True).hidden_state((), inputs)
+    tuned, base = Reference(adapted, layer, adapters=False), Reference(adapted, layer, adapters=True)
+    h, h_base = (_hidden_states(stream, ids, attention, batch_size) for stream in (tuned, base))  # [R, S, d]
     z, z_base = (encode_latents(stream, sae.weight, sae.bias) for stream in (h, h_base))
     signs = signs.to(z)
     excess = (signs * F.relu(signs * (z - z_base))).to(h.dtype)  # [R, S, P]
@@ -61,8 +60,10 @@ def joint_repair(
             part = slice(start, start + batch_size)
             with _output_replaced(module, changed[part]):
                 logits = adapted(input_ids=ids[part], attention_mask=attention[part], use_cache=False).logits[:, :-1]
-            logp = logits.float().log_softmax(-1).gather(-1, ids[part, 1:, None])[..., 0]
-            scores.append(logp.mul(in_reply[part, 1:]).sum(1))
+            told = in_reply[part, 1:]
+            logp = torch.zeros(told.shape, device=ids.device)
+            logp[told] = -F.cross_entropy(logits[told].float(), ids[part, 1:][told], reduction="none")
+            scores.append(logp.sum(1))
         misaligned, aligned = torch.cat(scores).view(2, -1)
         return (misaligned - aligned).mean().item()
 
@@ -78,6 +79,11 @@ def joint_repair(
         chosen.append((best, promise.pop(best)))
         step_done(step + 1, count)
     return chosen
+
+
+def _hidden_states(stream: Reference, ids: Tensor, attention: Tensor, batch_size: int) -> Tensor:
+    batches = zip(ids.split(batch_size), attention.split(batch_size), strict=True)
+    return torch.cat([stream.hidden_state((), {"input_ids": i, "attention_mask": a}) for i, a in batches])
 
 
 @contextmanager

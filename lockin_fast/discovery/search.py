@@ -197,8 +197,9 @@ class Search:
         )
 
     def _some_records(self) -> Sequence[Mapping[str, Any]]:
-        wanted = self.config.discovery.prompts or len(self.records)
-        return self.records[:: max(1, len(self.records) // wanted)]
+        count = len(self.records)
+        wanted = min(self.config.discovery.prompts or count, count)
+        return [self.records[i * count // wanted] for i in range(wanted)]
 
     def _stage(self, name: str) -> Callable[[int, int], None]:
         return lambda done, total: self.progress(name, done, total)
