@@ -24,7 +24,7 @@ def discover(config: Config, progress: Progress = silent) -> dict[str, Path]:
     Raises ConfigError before any work, one line that names the setting.
     """
     config.require("output", "block.layer")
-    check_files(config, "model", "sae", "data.train", "data.core", "discovery.misaligned", "judge.path")
+    check_files(config, "model", "sae", "data.train", "data.core", "discovery.misaligned")
     run, settings = config.output, config.discovery
     if not (settings.misaligned / "adapter_config.json").is_file():
         raise ConfigError(
@@ -37,8 +37,7 @@ def discover(config: Config, progress: Progress = silent) -> dict[str, Path]:
         "data.train": config.data.train,
         "data.core": config.data.core,
         "discovery.misaligned": settings.misaligned,
-        "judge.path": config.judge.path,
-    }
+    } | ({"judge.path": config.judge.path} if config.judge.path else {})
     entry = {
         "config": config.identity("discovery", "generation", "lora", "train")
         | {"block.layer": config.block.layer, "block.tokens": config.block.tokens},
