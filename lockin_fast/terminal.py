@@ -24,6 +24,11 @@ def line(text: str = "", **style: Any) -> None:
     out.print(Text(text, **style), soft_wrap=True)
 
 
+def sentence(text: str) -> None:
+    """Print one bold sentence, broken between words in a terminal and left whole in a pipe."""
+    out.print(Text(text, style="bold"), soft_wrap=not out.is_terminal)
+
+
 def error_line(text: str) -> None:
     """Print one red-tagged line to stderr, whatever line breaks the message has."""
     err.print(Text.assemble(("error:", "bold red"), " ", " ".join(text.split())), soft_wrap=True)
@@ -86,29 +91,34 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     line()
     wide.print(grid)
     line()
-    line(headline(summary), style="bold")
+    sentence(headline(summary))
     if dropped := summary.get("data", {}).get("train_rows_dropped"):
         line(f"note: {dropped} training rows were left out: nothing supervised within train.max_length tokens")
 
 
 def show_comparison(comparison: Mapping[str, Any]) -> None:
-    """The table of a run beside others, its columns in groups, and the mean of the others in a sentence."""
-    rows = robustness.cells(comparison)
+    """The table of a run beside others, its columns in groups, and the mean of the others in a sentence.
+
+    A terminal too narrow for the table cuts its lines; the report has it whole.
+    """
     names = [name for _, group in robustness.COLUMNS for name in group]
-    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
-    starts = [sum(len(group) for _, group in robustness.COLUMNS[:i]) for i in range(len(robustness.COLUMNS))]
-    gaps = [2 if i in starts[1:] else 1 for i in range(len(names))]
-    groups = ""
-    for start, (group, _) in zip(starts, robustness.COLUMNS, strict=True):
-        groups = groups.ljust(sum(widths[:start]) + sum(gaps[1 : start + 1])) + group
+    rows = [names, *robustness.cells(comparison)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    groups, lines, column = "", ["" for _ in rows], 0
+    for group, members in robustness.COLUMNS:
+        groups = groups.ljust(len(lines[0]) + 2) + group if group else groups
+        for number in range(column, column + len(members)):
+            gap = 0 if not number else 2 if number == column else 1
+            pad = str.rjust if number else str.ljust
+            lines = [text + " " * gap + pad(row[number], widths[number]) for text, row in zip(lines, rows, strict=True)]
+        column += len(members)
     line()
-    line(groups, style="bold")
-    for number, row in enumerate([names, *rows]):
-        first, *others = zip(row, widths, gaps, strict=True)
-        text = first[0].ljust(first[1]) + "".join(" " * gap + cell.rjust(width) for cell, width, gap in others)
-        line(text, style="bold" if number in (0, len(rows)) else "")
+    for number, text in enumerate([groups, *lines]):
+        style = "bold" if number in (0, 1, len(rows)) else ""
+        fit = {"no_wrap": True, "overflow": "ellipsis"} if out.is_terminal else {"soft_wrap": True}
+        out.print(Text(text, style=style), **fit)
     line()
-    line(robustness.verdict(comparison), style="bold")
+    sentence(robustness.verdict(comparison))
 
 
 def show_findings(findings: Sequence[Finding]) -> None:

@@ -136,7 +136,7 @@ def test_a_sweep_prints_its_table_headline_and_files(command, world):
     shutil.copytree(world.parent / "swept", world.parent / "swept again")
     status, out, err = command("report", world.parent / "swept", "--beside", world.parent / "swept again")
     assert (status, err) == (0, "") and max(map(len, out.splitlines()[:7])) <= 100
-    assert re.search(r"^run +seeds +EM .*\nswept +1 .*\nswept again +1 .*\nmean of the others ", out, re.M)
+    assert re.search(r"^run +seeds +EM .* random\nswept +1 .*\nswept again +1 .*\nmean of the others ", out, re.M)
     assert "swept again" in command("report", world.parent / "swept")[1]
     assert ">swept again<" in (world.parent / "swept" / "report.html").read_text()
 
