@@ -6,15 +6,14 @@ unused output of the same node and passes in the same call, through the same fra
 interpreter, a debugger or a tracer add, they add to both, so equal counts mean that the gradient has no holder of its
 own. torch's engine trusts the two C++ counts in the same way when it accumulates gradients in place.
 
-A process starts with a check that deliberate holders are seen; where they are not, nothing is ever written over.
+A process starts with a check that deliberate holders are seen; where they are not, or where this torch does not count
+them, nothing is ever written over.
 """
 
 from sys import getrefcount
 from weakref import getweakrefcount
 
 import torch
-
-_storage_holders = torch._C._storage_Use_Count
 
 
 def unshared(grad, control):
@@ -26,7 +25,7 @@ def unshared(grad, control):
     memory, control_memory = grad.untyped_storage(), control.untyped_storage()
     return (
         getrefcount(memory) == getrefcount(control_memory)
-        and _storage_holders(memory._cdata) == _storage_holders(control_memory._cdata)
+        and torch._C._storage_Use_Count(memory._cdata) == torch._C._storage_Use_Count(control_memory._cdata)
         and memory.resizable()  # memory lent by numpy, dlpack or a file is not torch's to count
         and getweakrefcount(grad) == 0
         and grad.is_contiguous()
@@ -59,7 +58,10 @@ def holders_are_seen():
     """Once a process: every deliberate holder of a gradient makes `unshared` say no, and the lack of one yes."""
     global _seen
     if _seen is None:
-        held, free = _verdicts()
+        try:
+            held, free = _verdicts()
+        except AttributeError:  # a torch without one of these counts, which are not public
+            held, free = [True], False
         if any(held) or free:  # otherwise some mode holds every tensor for now; ask again later
             _seen = free and not any(held)
     return bool(_seen)

@@ -225,3 +225,13 @@ def test_the_probe_tells_held_from_free_and_gives_up_when_it_cannot(monkeypatch)
     monkeypatch.setattr(_unshared, "_seen", None)
     monkeypatch.setattr(_unshared, "_verdicts", lambda: ([False, True], True))
     assert _unshared.holders_are_seen() is False and _unshared._seen is False
+
+
+def test_a_torch_that_does_not_count_holders_loses_only_the_writing_over(monkeypatch):
+    consume = next(iter(UNSHARED.values()))
+    expected = run(consume, monkeypatch, True)
+    monkeypatch.setattr(_unshared, "_seen", None)
+    monkeypatch.delattr(torch._C, "_storage_Use_Count")
+    grad, _, written = run(consume, monkeypatch, True)
+    assert expected[2] == 1 and written == 0
+    torch.testing.assert_close(grad, expected[0])
