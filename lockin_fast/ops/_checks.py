@@ -5,10 +5,15 @@ import torch
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+def tensor(name, value, expected):
+    """Check that `value` is a tensor, of the shape that the words `expected` tell."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor {expected}")
+
+
 def hidden(name, h, width):
     """`h` [..., d] as tokens [T, d] with unit stride along d."""
-    if not isinstance(h, torch.Tensor):
-        raise TypeError(f"{name}: got {type(h).__name__}, expected a tensor [..., d]")
+    tensor(name, h, f"[..., {width}]")
     if h.dtype not in DTYPES:
         raise TypeError(f"{name}: got {h.dtype}, expected float32, float16 or bfloat16; cast it first")
     if h.dim() == 0 or h.shape[-1] != width:
@@ -22,6 +27,7 @@ def hidden(name, h, width):
 
 def rows(weight, bias):
     """Number of latents K of frozen rows `weight` [K, d] and `bias` [K]."""
+    tensor("weight", weight, "of rows [K, d]")
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"weight: got {weight.dtype} {tuple(weight.shape)}, expected floating point rows [K, d]")
     count = weight.shape[0]
@@ -36,9 +42,12 @@ def frozen(weight, bias):
         raise ValueError(f"{name}: requires grad, but SAE weights are frozen here; pass {name}.detach()")
 
 
-def per_latent(name, value, count):
-    """Check one value per latent, [K]."""
-    if value is not None and value.shape != (count,):
+def per_latent(name, value, count, optional=False):
+    """Check one value per latent, [K]; None passes where it is `optional`."""
+    if value is None and optional:
+        return
+    tensor(name, value, f"[{count}], one value per row of weight" + (", or None" if optional else ""))
+    if value.shape != (count,):
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{count}], one value per row of weight")
 
 
@@ -53,6 +62,7 @@ def token_mask(mask, leading):
     """`mask` [...] bool over the leading dimensions of h, as [T]; None stays None."""
     if mask is None:
         return None
+    tensor("mask", mask, "of bool [...], the leading dimensions of h, or None")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: got {mask.dtype}, expected bool, True for tokens that count, e.g. labels != -100")
     if mask.shape != leading:

@@ -79,8 +79,9 @@ def op_arguments(h, weight, bias, sign, z_ref, h_ref, mask, threshold, margin, l
     count = _checks.rows(weight, bias)
     _checks.frozen(weight, bias)
     tokens = _checks.hidden("h", h, weight.shape[1])
-    for name, value in (("sign", sign), ("threshold", threshold), ("margin", margin)):
-        _checks.per_latent(name, value, count)
+    _checks.per_latent("sign", sign, count)
+    _checks.per_latent("threshold", threshold, count, optional=True)
+    _checks.per_latent("margin", margin, count, optional=True)
     if (z_ref is None) == (h_ref is None):
         given = "neither" if z_ref is None else "both"
         raise ValueError(f"z_ref, h_ref: got {given}, expected exactly one, the reference's latents or hidden state")
@@ -88,12 +89,14 @@ def op_arguments(h, weight, bias, sign, z_ref, h_ref, mask, threshold, margin, l
         raise ValueError(f"latent_reduction: got {latent_reduction!r}, expected 'sum' or 'mean'")
     leading = h.shape[:-1]
     if z_ref is not None:
+        _checks.tensor("z_ref", z_ref, f"[..., {count}], one value per token and latent")
         if z_ref.shape != (*leading, count):
             raise ValueError(
                 f"z_ref: got shape {tuple(z_ref.shape)}, expected {(*leading, count)}, one value per token and latent"
             )
         z_ref = _checks.fp32(z_ref).view(tokens.shape[0], count)
     else:
+        _checks.tensor("h_ref", h_ref, "of the shape and dtype of h")
         if h_ref.shape != h.shape or h_ref.dtype != h.dtype:
             raise ValueError(
                 f"h_ref: got {h_ref.dtype} {tuple(h_ref.shape)}, expected {h.dtype} {tuple(h.shape)} as h; "

@@ -96,7 +96,7 @@ def encode_latents(h, weight, bias, *, threshold=None):
     count = _checks.rows(weight, bias)
     _checks.frozen(weight, bias)
     tokens = _checks.hidden("h", h, weight.shape[1])
-    _checks.per_latent("threshold", threshold, count)
+    _checks.per_latent("threshold", threshold, count, optional=True)
     _checks.same_device(h, weight=weight, bias=bias, threshold=threshold)
     args = tokens, _checks.rows_like(weight, h), _checks.fp32(bias), _checks.fp32(threshold)
     z = _EncodeLatents.apply(*args) if h.requires_grad and torch.is_grad_enabled() else _forward(*args)

@@ -105,6 +105,8 @@ def test_double_backward_and_unfrozen_weights_raise():
         lockin_fast.encode_latents(torch.zeros(6, 47), p.weight.detach(), p.bias)
     with pytest.raises(ValueError, match="^threshold: got shape"):
         lockin_fast.encode_latents(p.h, p.weight.detach(), p.bias, threshold=torch.zeros(3))
+    with pytest.raises(TypeError, match="^bias: got NoneType, expected a tensor"):
+        lockin_fast.encode_latents(p.h, p.weight.detach(), None)
 
 
 @pytest.mark.parametrize("threshold", [False, True])

@@ -158,6 +158,8 @@ def test_errors_name_the_argument():
     ):
         with pytest.raises(ValueError, match=text):
             lockin_fast.latent_stats(p.h, p.weight, p.bias, **changes)
+    with pytest.raises(TypeError, match="^h_ref: got list, expected a tensor of the shape and dtype of h, or None"):
+        lockin_fast.latent_stats(p.h, p.weight, p.bias, h_ref=[0.0])
 
 
 MEMORY = """
