@@ -8,7 +8,7 @@ from typing import Any
 
 from lockin_fast.config import load_config
 from lockin_fast.progress import Progress, silent
-from lockin_fast.rundir import check_place, claim
+from lockin_fast.rundir import check_claim, check_place, claim, hold
 
 NEEDED_BYTES = 2**27
 SMALL_LAMBDAS = (1e3, 1e4)
@@ -31,14 +31,22 @@ def run_demo(
     long all will take, what each step does and how long it took. Interrupted, it goes on where it stood. Raises what
     the steps raise.
     """
+    check_place(out, NEEDED_BYTES)
+    entry = {"config": {"seed": seed, "small": small}, "inputs": {}}
+    check_claim(out, "demo", entry)
+    with hold(out, ".demo.lock"):  # of its own: discovery and the sweep lock the folder themselves, each in its turn
+        with claim(out, "demo", entry):
+            pass  # marks the folder as this demo's
+        return _run(out, seed, seeds, small, progress, say)
+
+
+def _run(
+    out: Path, seed: int, seeds: int, small: bool, progress: Progress, say: Callable[[str], None]
+) -> dict[str, Any]:
     from lockin_fast.discovery import discover
     from lockin_fast.organism import build
     from lockin_fast.report import write_report
     from lockin_fast.sweep import run_sweep
-
-    check_place(out, NEEDED_BYTES)
-    with claim(out, "demo", {"config": {"seed": seed, "small": small}, "inputs": {}}):
-        pass  # marks the folder as this demo's; the sweep holds it while it runs
 
     def step(text: str, work: Callable[[], Any]) -> Any:
         say(text)

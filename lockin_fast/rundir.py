@@ -1,19 +1,21 @@
 """Run directories: written atomically, claimed by one configuration, safe to kill and to resume.
 
 Anything that appears under its final name is complete: files and folders are written under a hidden name beside it,
-flushed to disk and renamed. What a killed process leaves behind ends in `.partial` and is removed by the next.
+flushed to disk and renamed. The hidden name is unique, ends in `.partial` and is locked while its writer lives, so that
+writers never meet, and what a killed one leaves behind is told from what another is still writing.
 """
 
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +34,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path` so that a reader, or a crash, sees either the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}{PARTIAL}")
-    try:
+    with held_partial(path, folder=False) as temporary:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     _sync_folder(path.parent)
 
 
@@ -64,21 +62,26 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a hidden folder to fill; it becomes `path` when the block ends, and is removed when the block raises.
 
+    An empty folder at `path` is replaced; anything else there is kept, and raises FileExistsError.
     Raises RunError when the disk is full or cannot be written: whatever library was writing, the cause is named.
     """
-    temporary = path.with_name(f".{path.name}{PARTIAL}")
-    remove(temporary)
-    temporary.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"))
     try:
-        yield temporary
-        for folder, _, names in os.walk(temporary):
-            for name in names:
-                with open(os.path.join(folder, name), "rb") as file:
-                    os.fsync(file.fileno())
-            _sync_folder(Path(folder))
-        os.rename(temporary, path)
+        with held_partial(path, folder=True) as temporary:
+            yield temporary
+            for folder, _, names in os.walk(temporary):
+                for name in names:
+                    with open(os.path.join(folder, name), "rb") as file:
+                        os.fsync(file.fileno())
+                _sync_folder(Path(folder))
+            try:
+                os.rename(temporary, path)
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise FileExistsError(errno.EEXIST, "another process wrote it meanwhile", str(path)) from error
+                raise
     except BaseException as error:
-        remove(temporary)
         if _is_disk_error(error):
             raise RunError(
                 f"{path}: cannot be written: {_one_line(error)}; what was finished before is kept, "
@@ -86,6 +89,27 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             ) from error
         raise
     _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def held_partial(path: Path, *, folder: bool) -> Iterator[Path]:
+    """A new hidden file or folder beside `path`, locked meanwhile; what still has that name at the end is removed."""
+    names = {"prefix": f".{path.name}.", "suffix": PARTIAL, "dir": path.parent}
+    with contextlib.ExitStack() as stack:
+        while True:
+            if folder:
+                temporary = Path(tempfile.mkdtemp(**names))
+            else:
+                descriptor, name = tempfile.mkstemp(**names)
+                os.close(descriptor)
+                temporary = Path(name)
+            with contextlib.suppress(OSError):  # a file system without locks, or taken for a leftover just now
+                fcntl.flock(stack.enter_context(_opened(temporary)), fcntl.LOCK_EX)
+            if temporary.exists():
+                break
+        stack.callback(remove, temporary)
+        os.chmod(temporary, (0o777 if folder else 0o666) & ~_umask())  # what tempfile makes is private
+        yield temporary
 
 
 def check_place(path: Path, needed_bytes: int) -> None:
@@ -159,16 +183,25 @@ def claim(path: Path, command: str, entry: Mapping[str, Any], *, may_grow: Seque
     One process at a time; raises RunError if another holds it.
     """
     check_claim(path, command, entry, may_grow=may_grow)
+    with hold(path):
+        manifest = check_claim(path, command, entry, may_grow=may_grow)
+        _remove_leftovers([*path.glob(f".*{PARTIAL}"), *path.glob(f"*/.*{PARTIAL}")])
+        write_json(path / MANIFEST, manifest | {command: dict(entry)})
+        yield
+
+
+@contextlib.contextmanager
+def hold(path: Path, lock: str = ".lock") -> Iterator[None]:
+    """Hold the folder `path`, made if it is missing, through the lock file of this name in it.
+
+    Raises RunError if another holds it. A lock ends with its process, however that ends.
+    """
     path.mkdir(parents=True, exist_ok=True)
-    with open(path / ".lock", "w") as lock:
+    with open(path / lock, "w") as file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RunError(f"output: {path} is in use by another process; wait for it or give another folder") from None
-        manifest = check_claim(path, command, entry, may_grow=may_grow)
-        for leftover in [*path.glob(f".*{PARTIAL}"), *path.glob(f"*/.*{PARTIAL}")]:
-            remove(leftover)
-        write_json(path / MANIFEST, manifest | {command: dict(entry)})
         yield
 
 
@@ -178,6 +211,33 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _remove_leftovers(paths: Iterable[Path]) -> None:
+    """Remove those of the partial files and folders that no live process holds."""
+    for path in paths:
+        try:
+            with _opened(path) as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove(path)
+        except OSError:
+            pass  # being written, or gone meanwhile; a leftover that stays costs its space, no more
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """A descriptor of a file or a folder, to lock it by."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _compare(path: Path, command: str, before: Mapping, now: Mapping, may_grow: Sequence[str]) -> None:
@@ -220,8 +280,5 @@ def _one_line(error: BaseException) -> str:
 
 
 def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with _opened(folder) as descriptor:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

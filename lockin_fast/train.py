@@ -6,7 +6,6 @@ import os
 import resource
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from torch import nn
 from lockin_fast.blocking.penalty import BlockPenalty
 from lockin_fast.chat import ChatDataset, PaddingCollator
 from lockin_fast.lora import LoraSettings, borrowed_with_lora, check_lora, save_adapter
+from lockin_fast.rundir import held_partial
 
 _SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
@@ -148,19 +148,9 @@ def fine_tune(
 def _replacing_folder(output: Path) -> Iterator[Path]:
     """A folder beside `output` that becomes `output` when the context ends well, and is removed when it does not."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
-    try:
+    with held_partial(output, folder=True) as partial:
         yield partial
-        os.chmod(partial, 0o777 & ~_umask())  # mkdtemp keeps its folders private
         os.replace(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _check_space(folder: Path, peft_model: nn.Module) -> None:

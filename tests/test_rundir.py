@@ -6,7 +6,7 @@ import json
 import pytest
 
 from lockin_fast import rundir
-from lockin_fast.rundir import RunError, atomic_folder, check_place, claim, hash_files, write_json
+from lockin_fast.rundir import RunError, atomic_folder, check_place, claim, hash_files, hold, write_json
 
 ENTRY = {"config": {"train.steps": 3, "sweep.seeds": [0]}, "inputs": {"model": {"a.bin": "1"}}}
 
@@ -100,6 +100,72 @@ def test_a_claim_removes_what_a_kill_left_and_keeps_the_rest(tmp_path):
     (run / ".summary.json.partial").write_text("{")
     with claim(run, "sweep", ENTRY):
         assert sorted(path.name for path in run.rglob("*")) == [".lock", "manifest.json", "trials", "two"]
+
+
+def test_a_claim_leaves_alone_what_another_still_writes(tmp_path):
+    run = tmp_path / "run"
+    with atomic_folder(run / "organism") as mine, claim(run, "sweep", ENTRY):
+        (mine / "file").write_text("x")
+    assert (run / "organism" / "file").read_text() == "x"
+
+
+def test_two_writers_of_one_folder_do_not_meet_and_the_first_to_finish_wins(tmp_path):
+    with pytest.raises(FileExistsError), atomic_folder(tmp_path / "one") as slow:
+        (slow / "file").write_text("slow")
+        with atomic_folder(tmp_path / "one") as quick:
+            (quick / "file").write_text("quick")
+        assert (slow / "file").read_text() == "slow"
+    assert (tmp_path / "one" / "file").read_text() == "quick"
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+def test_the_next_writer_removes_what_a_killed_one_left_of_the_same_folder(tmp_path):
+    (tmp_path / ".one.abc.partial").mkdir()
+    (tmp_path / ".two.abc.partial").mkdir()
+    with atomic_folder(tmp_path / "one"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"one", ".two.abc.partial"}
+
+
+def test_what_is_written_has_ordinary_permissions(tmp_path):
+    (tmp_path / "plain").touch()
+    (tmp_path / "folder").mkdir()
+    write_json(tmp_path / "x.json", 1)
+    with atomic_folder(tmp_path / "one"):
+        pass
+    assert (tmp_path / "x.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "one").stat().st_mode == (tmp_path / "folder").stat().st_mode
+
+
+def test_a_hold_excludes_its_like_and_tolerates_claims(tmp_path):
+    with hold(tmp_path, ".demo.lock"):
+        with claim(tmp_path, "sweep", ENTRY):
+            pass
+        with pytest.raises(RunError, match="in use by another process"), hold(tmp_path, ".demo.lock"):
+            pass
+    with hold(tmp_path, ".demo.lock"):
+        pass
+
+
+def test_a_second_demo_in_the_folder_is_refused_while_the_first_lives(tmp_path, monkeypatch):
+    from lockin_fast import organism
+    from lockin_fast.demo import run_demo
+
+    calls = []
+
+    def build(out, **options):
+        calls.append(out)
+        with atomic_folder(out) as mine:
+            (mine / "model").write_text("x")
+            with pytest.raises(RunError, match="in use by another process"):
+                run_demo(tmp_path / "demo", say=lambda text: None)
+        assert (out / "model").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(organism, "build", build)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(tmp_path / "demo", say=lambda text: None)
+    assert len(calls) == 1
 
 
 def test_commands_share_a_run_and_keep_each_others_entries(tmp_path):

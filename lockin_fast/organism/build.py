@@ -1,12 +1,14 @@
 """Grow the model organism and write it to disk in the formats real models, SAEs and data come in."""
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +48,19 @@ def build(out: Path, *, seed: int = 0, recipe: Recipe | None = None, progress: P
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out}: already holds something else than the organism of seed {seed}; give a new folder")
     check_place(out, NEEDED_BYTES)
-    kept = _cache() / "organisms" / key
-    if _key_of(kept) == key:
-        _copy(kept, out)
-        return out
-    if out.is_dir():
-        out.rmdir()
-    with atomic_folder(out) as folder:
-        _grow(folder, recipe, seed, progress)
-        write_json(folder / MANIFEST, {"key": key, "seed": seed, "recipe": dataclasses.asdict(recipe)})
-    try:
-        _copy(out, kept)
-    except (OSError, RunError):
-        pass  # a cache that cannot be written costs the next build its time, no more
+    with _kept(key, progress) as kept:
+        if kept is not None and _key_of(kept) == key:
+            _publish(key, out, lambda folder: shutil.copytree(kept, folder, dirs_exist_ok=True))
+            return out
+
+        def grow(folder: Path) -> None:
+            _grow(folder, recipe, seed, progress)
+            write_json(folder / MANIFEST, {"key": key, "seed": seed, "recipe": dataclasses.asdict(recipe)})
+
+        _publish(key, out, grow)
+        if kept is not None:
+            with contextlib.suppress(OSError, RunError):  # costs the next build its time, no more
+                _publish(key, kept, lambda folder: shutil.copytree(out, folder, dirs_exist_ok=True))
     return out
 
 
@@ -171,9 +173,43 @@ def _plain(settings: Any) -> dict[str, Any]:
     }
 
 
-def _cache() -> Path:
-    given = os.environ.get("LOCKIN_FAST_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lockin_fast"
+def _cache() -> Path | None:
+    """The folder of everything that is kept, None where the user has no home."""
+    given, base = os.environ.get("LOCKIN_FAST_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    with contextlib.suppress(RuntimeError):
+        return Path(given) if given else Path(base or Path.home() / ".cache") / "lockin_fast"
+
+
+@contextlib.contextmanager
+def _kept(key: str, progress: Progress) -> Iterator[Path | None]:
+    """Where the organism of `key` is kept, held so that one process grows it while others wait.
+
+    None for a cache that cannot be used: that costs time, no more.
+    """
+    cache, kept = _cache(), None
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            if cache is not None:
+                folder = cache / "organisms"
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(open(folder / f".{key}.lock", "w"))
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    progress("wait for another process that grows this organism", 0, 0)
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                kept = folder / key
+        yield kept
+
+
+def _publish(key: str, target: Path, fill: Callable[[Path], Any]) -> None:
+    """Write the organism of `key` to `target` by `fill`; where another process has put the same one there, take it."""
+    try:
+        with atomic_folder(target) as folder:
+            fill(folder)
+    except FileExistsError:
+        if _key_of(target) != key:
+            raise
 
 
 def _key_of(folder: Path) -> str | None:
@@ -181,10 +217,3 @@ def _key_of(folder: Path) -> str | None:
         return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["key"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _copy(source: Path, target: Path) -> None:
-    if target.is_dir():
-        target.rmdir()
-    with atomic_folder(target) as folder:
-        shutil.copytree(source, folder, dirs_exist_ok=True)
