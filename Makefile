@@ -33,7 +33,8 @@ $(VENV)/.built: $(VENV)/.pinned $(BUILD_INPUTS)
 	$(SAY) "Setting up in $(VENV): 3/3 lockin_fast with its C++ kernels (half a minute; again when csrc/ changes)"
 	@PYTHONWARNINGS=ignore $(PIP) install --quiet --no-build-isolation --no-deps --editable .
 	@$(PY) -c 'from lockin_fast import _native as n; print("    built:", n.build_info()["units"], "- this machine runs", n.isa())' \
-		2>/dev/null || printf '    NOTHING WAS COMPILED (no C++ compiler?): the slower reference kernels will serve\n'
+		2>/dev/null || $(PY) -c 'import lockin_fast as lf; print("    NOT EVERYTHING WAS COMPILED. The CPU ops are served by:", \
+		*sorted({f"{row.backend} ({row.why})" for row in lf.backends() if row.device == "cpu"}))'
 	@touch $@
 
 test: setup  ## the everyday tests, a few minutes

@@ -1,7 +1,7 @@
 """Builds the compiled part with CMake and Ninja; everything else about the package is in pyproject.toml.
 
 LOCKIN_FAST_NO_BUILD=1 skips the compiled part. Without a C++ compiler the installation still succeeds: the reference
-kernels, in plain torch, then serve every op.
+kernels, in plain torch, then serve every op. Without Python's headers only `_native` is left out.
 """
 
 import importlib.metadata
@@ -38,11 +38,13 @@ def tool(name):
     return str(beside) if beside.exists() else shutil.which(name)
 
 
-def announce(reason):
+NOTHING = "The package works, but the slow reference kernels (plain torch) will serve every op."
+NO_NATIVE = "The fast kernels were built and serve; only lockin_fast._native, which the doctor reads, is left out."
+
+
+def announce(what, consequence):
     line = "!" * 100
-    message = [line, f"lockin_fast: NOTHING WAS COMPILED: {reason}.",
-               "The package works, but the slow reference kernels (plain torch) will serve every op.", line]
-    print("\n".join(message), file=sys.stderr, flush=True)
+    print("\n".join((line, f"lockin_fast: {what}.", consequence, line)), file=sys.stderr, flush=True)
 
 
 class CMakeBuild(build_ext):
@@ -51,7 +53,7 @@ class CMakeBuild(build_ext):
     def run(self):
         reason = missing_tool()
         if reason:
-            announce(reason)
+            announce(f"NOTHING WAS COMPILED: {reason}", NOTHING)
             return
         target = ROOT if self.inplace else Path(self.build_lib).resolve()
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
@@ -71,6 +73,8 @@ class CMakeBuild(build_ext):
         )  # fmt: skip
         subprocess.run([cmake, "--build", str(build)], check=True)
         subprocess.run([cmake, "--install", str(build)], check=True)
+        if not list(build.glob("_native*.so")):
+            announce(f"_native WAS NOT COMPILED: {sys.executable} has no headers (Python.h; python3-dev)", NO_NATIVE)
 
     def get_outputs(self):
         built = Path(self.build_lib) / "lockin_fast"
@@ -79,5 +83,5 @@ class CMakeBuild(build_ext):
 
 extensions = [] if os.environ.get("LOCKIN_FAST_NO_BUILD") == "1" else [Extension("lockin_fast._native", sources=[])]
 if not extensions:
-    announce("LOCKIN_FAST_NO_BUILD=1 is set")
+    announce("NOTHING WAS COMPILED: LOCKIN_FAST_NO_BUILD=1 is set", NOTHING)
 setup(ext_modules=extensions, cmdclass={"build_ext": CMakeBuild})

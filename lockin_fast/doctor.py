@@ -61,7 +61,8 @@ def _compiled_part() -> list[Finding]:
             Finding(
                 heading,
                 "native module",
-                f"absent ({error}); plain torch serves every op. To build it: pip install . with a C++17 compiler",
+                f"absent ({error}); below is what serves each op. To build it: pip install . with a C++17 compiler and "
+                "Python's headers (Python.h)",
             )
         ]
     info = _native.build_info()

@@ -11,9 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from lockin_fast import dispatch
+
 ROOT = Path(__file__).resolve().parents[1]
 OBJECTS = sorted(ROOT.glob("build/cmake-*/CMakeFiles"))
 X86 = torch.backends.cpu.get_cpu_capability() != "NEON" and os.uname().machine in ("x86_64", "AMD64")
+COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+TOOL = {
+    name: shutil.which(name, path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
+    for name in ("cmake", "ninja")
+}
 
 needs_objects = pytest.mark.skipif(
     not (X86 and OBJECTS and shutil.which("objdump") and shutil.which("nm")),
@@ -148,7 +155,7 @@ def test_a_level_that_cannot_be_served_is_an_error(code):
 
 def copy_sources(target):
     """The package as a fresh clone has it: no compiled part."""
-    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, target)
     (target / "README.md").write_text("copy\n")
     shutil.copytree(ROOT / "csrc", target / "csrc")
@@ -188,6 +195,39 @@ def test_a_machine_without_a_compiler_is_told_so(tmp_path):
     assert not list(tmp_path.rglob("*.so"))
 
 
+@pytest.mark.skipif(not (COMPILER and TOOL["cmake"] and TOOL["ninja"]), reason="needs a C++ compiler, cmake and ninja")
+def test_without_python_headers_the_ops_are_built_all_the_same(tmp_path):
+    (tmp_path / "patchlevel.h").write_text('#define PY_VERSION "2.0.0"\n')  # headers, but not of this Python
+    done = subprocess.run(
+        [
+            TOOL["cmake"], "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={TOOL['ninja']}", f"-DPython3_EXECUTABLE={sys.executable}",
+            f"-DPython3_INCLUDE_DIR={tmp_path}", f"-DLOCKIN_FAST_TORCH_DIR={Path(torch.__file__).parent}",
+        ],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rules = (tmp_path / "build" / "build.ninja").read_text()
+    assert "liblockin_fast_cpu.so" in rules
+    assert "native.cpp" not in rules
+    assert "has no headers (Python.h)" in done.stderr
+
+
+@pytest.mark.skipif(not dispatch.CPU_PART.exists(), reason="the compiled part is not built")
+def test_the_ops_need_no_native_module():
+    code = """
+import sys
+sys.modules["lockin_fast._native"] = None
+import torch, lockin_fast
+assert {row.backend for row in lockin_fast.backends() if row.op == "encode_latents" and row.device == "cpu"} == {"cpu"}
+lockin_fast.encode_latents(torch.ones(1, 4), torch.ones(2, 4), torch.zeros(2))
+"""
+    done = run_python(code, LOCKIN_FAST_CPU_ISA="baseline")
+    assert done.returncode == 0, done.stderr
+    done = run_python(code, LOCKIN_FAST_CPU_ISA="sse9")
+    assert "LOCKIN_FAST_CPU_ISA=sse9 cannot be served" in done.stderr
+
+
 def test_the_build_can_be_skipped(tmp_path):
     copy_sources(tmp_path)
     done = build_in(tmp_path, "bdist_wheel", LOCKIN_FAST_NO_BUILD="1")
@@ -201,12 +241,17 @@ def test_the_build_can_be_skipped(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
-def test_a_wheel_carries_the_compiled_part(tmp_path):
-    copy_sources(tmp_path)
-    done = build_in(tmp_path, "bdist_wheel")
+@pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
+def test_a_wheel_made_from_the_source_distribution_carries_the_compiled_part(tmp_path):
+    (tmp_path / "clone").mkdir()
+    done = build_in(copy_sources(tmp_path / "clone"), "sdist")
     assert done.returncode == 0, done.stderr
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    (archive,) = (tmp_path / "clone" / "dist").glob("*.tar.gz")
+    shutil.unpack_archive(archive, tmp_path)
+    source = tmp_path / archive.name.removesuffix(".tar.gz")
+    done = build_in(source, "bdist_wheel")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (source / "dist").glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     code = "import lockin_fast as lf; print(lf.__file__); print({r.op: r.backend for r in lf.backends()})"
     done = run_python(code, cwd=tmp_path / "installed", PYTHONPATH=str(tmp_path / "installed"))
