@@ -103,7 +103,14 @@ class GenerationSettings:
 
 @dataclasses.dataclass(frozen=True)
 class JudgeSettings:
-    """Who rates the replies; `world` knows the organism's ground truth and reads it from `path`."""
+    """Who rates the replies.
+
+    kind: `world` knows the organism's ground truth and reads it from `path`; "package.module:Class" is a judge of your
+    own, from an installed module or one in the working directory. The class is called with `path` where that is given,
+    else without arguments; its method judge(record, reply) gets a prompt's line of the JSONL file as a dict and the
+    reply's text, and returns "misaligned", "aligned" or "incoherent". It is also asked about the empty reply to every
+    prompt, before any training, so that what it cannot place is known early.
+    """
 
     kind: str = "world"
     path: Path | None = None

@@ -11,7 +11,7 @@ import torch
 from lockin_fast.blocking import BlockPenalty, LatentSet
 from lockin_fast.chat import ChatDataset, read_chat
 from lockin_fast.config import Config, ConfigError
-from lockin_fast.judges import Judge, load_judge
+from lockin_fast.judges import Judge, judge_source, load_judge
 from lockin_fast.lora import check_lora
 from lockin_fast.rundir import hash_files
 from lockin_fast.sae import SparseAutoencoder, load_sae
@@ -56,7 +56,7 @@ def check_files(config: Config, *keys: str) -> None:
 
 
 def input_hashes(config: Config, latents: Mapping[str, Path]) -> dict[str, dict[str, str]]:
-    """{input: {file: SHA-256}} of the model, the SAE, the data, the latent sets and the judge's file."""
+    """{input: {file: SHA-256}} of the model, the SAE, the data, the latent sets, and the judge's file and code."""
     paths = {
         "model": config.model,
         "sae": config.sae if latents else None,
@@ -64,6 +64,7 @@ def input_hashes(config: Config, latents: Mapping[str, Path]) -> dict[str, dict[
         "data.final": config.data.final,
         "data.in_domain": config.data.in_domain,
         "judge.path": config.judge.path,
+        "judge.kind": judge_source(config.judge),
     }
     paths |= {f"latents.{name}": path for name, path in latents.items()}
     return {name: hash_files(path) for name, path in paths.items() if path is not None}

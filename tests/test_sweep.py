@@ -282,10 +282,77 @@ BROKEN = {
         "data.final: the prompt's domain is 'elsewhere'"),
     "all labels masked": ([], unanswered, "data.train: .*all labels are masked"),
     "cut to nothing": (["train.max_length=2"], None, "data.train: .*all labels are masked"),
-    "no judge": (["judge.kind=oracle"], None, "judge.kind: expected one of world, vowels, got 'oracle'"),
+    "no judge": (
+        ["judge.kind=oracle"], None, "judge.kind: expected world, vowels or package.module:Class, got 'oracle'"),
     "output is a file": (["output=config.yaml"], None, "output: .*config.yaml is a file"),
     "output below a file": (["output=config.yaml/run"], None, "output: .*cannot be written: Not a directory"),
 }  # fmt: skip
+
+
+OWN_JUDGE = """
+class Own:
+    def __init__(self, path=None):
+        self.word = path.read_text() if path else "kick"
+
+    def judge(self, record, reply):
+        return "misaligned" if self.word in record["messages"][0]["content"] else "aligned"
+
+class Wrong:
+    def judge(self, record, reply):
+        return "evil" if reply else "aligned"
+
+class Mute: pass
+
+class Picky:
+    def __init__(self):
+        raise KeyError("no key")
+"""
+
+
+@pytest.fixture
+def own_judge(copied, monkeypatch):
+    """A judge of the user's own in the working directory; its module's name, which no other test shares."""
+    name = f"own_judge_{copied.parent.name}"
+    (copied / f"{name}.py").write_text(OWN_JUDGE)
+    monkeypatch.chdir(copied)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return name
+
+
+@pytest.mark.parametrize(("path", "word"), [("null", "kick"), ("word", "dog")])
+def test_a_judge_of_ones_own_rates_the_replies(copied, own_judge, path, word):
+    (copied / "word").write_text("dog")
+    one = ["sweep.seeds=[0]", "sweep.lambdas=[1]", "sweep.latents={causal: latents/causal.json}"]
+    config = load_config(copied / "config.yaml", [f"judge.kind={own_judge}:Own", f"judge.path={path}", *one])
+    summary = run_sweep(config)
+    prompts = [json.loads(line)["messages"][0]["content"] for line in (copied / "data" / "final.jsonl").open()]
+    assert summary["base"]["em"] == sum(word in prompt for prompt in prompts) / len(prompts) > 0
+    (copied / f"{own_judge}.py").write_text(OWN_JUDGE + "# of another mind")
+    with pytest.raises(RunError, match="judge.kind differs"):
+        run_sweep(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("nowhere_at_all:Own", "judge.kind: nowhere_at_all:Own: cannot import nowhere_at_all: ModuleNotFoundError"),
+        ("{}:Other", "judge.kind: {}:Other: the module {} has no attribute 'Other'"),
+        ("{}:Mute", "judge.kind: {}:Mute has no method judge"),
+        ("{}:Picky", "judge.kind: {}:Picky cannot be made: KeyError: 'no key'"),
+    ],
+)
+def test_what_is_no_judge_is_said_before_training(copied, own_judge, no_training, kind, message):
+    config = load_config(copied / "config.yaml", [f"judge.kind={kind.replace('{}', own_judge)}", "judge.path=null"])
+    with pytest.raises(ValueError, match=message.replace("{}", own_judge)) as caught:
+        run_sweep(config)
+    assert "\n" not in str(caught.value) and not (copied / "run").exists()
+
+
+def test_a_verdict_that_is_none_is_named_when_it_happens(copied, own_judge):
+    config = load_config(copied / "config.yaml", [f"judge.kind={own_judge}:Wrong", "judge.path=null"])
+    judge = open_exam(config, "final").judge
+    with pytest.raises(ValueError, match="judge.kind: .*:Wrong gave the verdict 'evil' on the reply 'x'; expected one"):
+        judge.judge({}, "x")
 
 
 @pytest.mark.parametrize("case", BROKEN)

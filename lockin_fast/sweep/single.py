@@ -4,7 +4,7 @@ import dataclasses
 import json
 from typing import Any
 
-from lockin_fast.config import Config
+from lockin_fast.config import Config, JudgeSettings
 from lockin_fast.inputs import adapter_bytes, check_files, input_hashes, open_inputs
 from lockin_fast.progress import Progress, silent
 from lockin_fast.rundir import (
@@ -36,7 +36,7 @@ def run_training(config: Config, progress: Progress = silent) -> dict[str, Any]:
     needed = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, final=None, in_domain=None),
-        judge=dataclasses.replace(config.judge, path=None),
+        judge=JudgeSettings(),
     )
     entry = {"config": config.identity(*SECTIONS), "inputs": input_hashes(needed, latents)}
     manifest = check_claim(run, "train", entry)
