@@ -33,11 +33,14 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True)
 class BlockSettings:
-    """What is penalised, where and how strongly; `weight` is lambda, `layer` the 0-based index into model.layers."""
+    """What is penalised, where and how strongly; `layer` is the 0-based index into model.layers.
+
+    latents and weight (lambda) are for a single fine-tune, which needs both or neither; weight 0 trains unblocked.
+    """
 
     layer: int | None = None
     latents: Path | None = None
-    weight: float = 0.0
+    weight: float | None = None
     tokens: Literal["supervised", "all"] = "supervised"
     latent_reduction: Literal["sum", "mean"] = "sum"
     reference: Literal["live"] = "live"
@@ -245,10 +248,10 @@ def _set(values: dict, key: str, value: Any) -> None:
 
 def _check(config: Config) -> None:
     """Ranges that no type states; what needs a model or a file is checked when that is opened."""
-    sweep, generation = config.sweep, config.generation
+    sweep, generation, weight = config.sweep, config.generation, config.block.weight
     rules = [
         ("block.layer", config.block.layer, config.block.layer is None or config.block.layer >= 0, "0 or more"),
-        ("block.weight", config.block.weight, 0 <= config.block.weight < float("inf"), "0 or more and finite"),
+        ("block.weight", weight, weight is None or 0 <= weight < float("inf"), "0 or more and finite"),
         (
             "sweep.lambdas",
             sweep.lambdas,

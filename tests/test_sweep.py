@@ -16,13 +16,14 @@ import sweep_world
 import torch
 from safetensors.torch import load_file, save_file
 
-from lockin_fast.config import load_config
+from lockin_fast.config import ConfigError, load_config
 from lockin_fast.inputs import open_exam, open_inputs
 from lockin_fast.judges import KINDS
 from lockin_fast.lora import adapter
-from lockin_fast.rundir import RunError
+from lockin_fast.rundir import RunError, claim, hash_files
 from lockin_fast.sweep import run as sweep_run
 from lockin_fast.sweep import run_sweep
+from lockin_fast.sweep.single import run_training
 from lockin_fast.sweep.summary import summarise
 from lockin_fast.sweep.trial import Trial, run_trial
 
@@ -544,6 +545,42 @@ def test_sets_that_discovery_left_in_the_output_are_found(copied):
     assert list(sweep_run.latent_files(config)) == ["causal", "random", "extra"]
     config = load_config(copied / "config.yaml", ["sweep.latents={}", "block.latents=latents/causal.json"])
     assert list(sweep_run.latent_files(config)) == ["causal"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "file"), [("model", "model.safetensors"), ("sae", "sae_weights.safetensors"), (None, None)]
+)
+def test_sets_discovered_on_another_model_or_sae_are_refused(copied, monkeypatch, changed, file):
+    run = copied / "run"
+    found = {"inputs": {name: hash_files(copied / name) for name in ("model", "sae")}, "config": {}}
+    if changed:
+        found["inputs"][changed][file] = "another"
+    with claim(run, "discover", found):
+        shutil.copytree(copied / "latents", run / "latents")
+
+    class Opened(Exception):
+        """All was well until the model is opened."""
+
+    def opened(*args):
+        raise Opened
+
+    monkeypatch.setattr(sweep_run, "open_inputs", opened)
+    refused = pytest.raises(RunError, match=f"^{changed}: .* discovered on another {changed} .file {file} differs")
+    with refused if changed else pytest.raises(Opened):
+        run_sweep(load_config(copied / "config.yaml", ["sweep.latents={}"]))
+    with pytest.raises(Opened):  # sets that are named are the user's word
+        run_sweep(load_config(copied / "config.yaml"))
+
+
+def test_latents_without_a_weight_train_nothing(copied, no_training):
+    config = load_config(copied / "config.yaml", ["block.latents=latents/causal.json"])
+    with pytest.raises(
+        ConfigError, match="^block.weight: missing, but block.latents is given; .* 0 to train unblocked"
+    ):
+        run_training(config)
+    assert not (copied / "run").exists()
+    with pytest.raises(AssertionError, match="training started"):  # 0 is an answer
+        run_training(load_config(copied / "config.yaml", ["block.latents=latents/causal.json", "block.weight=0"]))
 
 
 def test_a_plan_starts_with_base_and_baselines(finished):

@@ -1,6 +1,7 @@
 """The sweep: every lambda x latent set x seed, one finished folder after the other, resumable at any moment."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from lockin_fast.config import Config, ConfigError
 from lockin_fast.inputs import adapter_bytes, check_files, input_hashes, open_exam, open_inputs
 from lockin_fast.progress import Progress, silent
 from lockin_fast.rundir import (
+    RunError,
     check_claim,
     check_place,
     claim,
@@ -55,7 +57,9 @@ def run_sweep(config: Config, progress: Progress = silent) -> dict[str, Any]:
     run = config.output
     check_place(run, SLACK_BYTES)
     entry = {"config": config.identity(*SECTIONS), "inputs": input_hashes(config, latents)}
-    check_claim(run, "sweep", entry, may_grow=MAY_GROW)
+    manifest = check_claim(run, "sweep", entry, may_grow=MAY_GROW)
+    if not named:
+        _check_discovered(run, manifest.get("discover", {}).get("inputs", {}), entry["inputs"])
     exam = open_exam(config, "final", "in_domain")
     inputs = open_inputs(config, latents)
     trials = plan(config)
@@ -108,6 +112,18 @@ def latent_files(config: Config) -> dict[str, Path]:
     return {
         name: found[name] for name in sorted(found, key=lambda n: (DISCOVERED.index(n) if n in DISCOVERED else 9, n))
     }
+
+
+def _check_discovered(run: Path, discovered: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+    """Raise RunError unless the sets in `run`/latents were discovered on the model and the SAE of the sweep."""
+    for name in ("model", "sae"):
+        before, now = discovered.get(name, inputs[name]), inputs[name]
+        if before != now:
+            file = min(file for file in before.keys() | now.keys() if before.get(file) != now.get(file))
+            raise RunError(
+                f"{name}: the sets in {run / 'latents'} were discovered on another {name} (file {file} differs); "
+                "run discover again in a new folder, or name the sets to block in sweep.latents"
+            )
 
 
 def _finish(run: Path, trials: list[Trial], data: dict[str, int]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from typing import Any
 
-from lockin_fast.config import Config, JudgeSettings
+from lockin_fast.config import Config, ConfigError, JudgeSettings
 from lockin_fast.inputs import adapter_bytes, check_files, input_hashes, open_inputs
 from lockin_fast.progress import Progress, silent
 from lockin_fast.rundir import (
@@ -25,11 +25,17 @@ SECTIONS = ("lora", "train", "block")
 def run_training(config: Config, progress: Progress = silent) -> dict[str, Any]:
     """Train one adapter into `config.output`/adapter, an ordinary PEFT folder with result.json; return its result.
 
-    Blocks `block.latents` at lambda `block.weight` when both are given. A finished run is not repeated, a run of other
-    settings or inputs in the same folder is refused. Everything is checked before training. Raises as `run_sweep`.
+    Blocks `block.latents` at lambda `block.weight`; trains unblocked when neither is given, or weight is 0. A finished
+    run is not repeated, a run of other settings or inputs in the same folder is refused. Everything is checked before
+    training. Raises as `run_sweep`.
     """
     config.require("output")
-    blocked = config.block.weight > 0
+    weight = config.block.weight or 0.0
+    if config.block.weight is None and config.block.latents is not None:
+        raise ConfigError(
+            "block.weight: missing, but block.latents is given; give a lambda, or 0 to train unblocked"
+        )
+    blocked = weight > 0
     check_files(config, "model", "data.train", *(("sae", "block.latents") if blocked else ()))
     run, latents = config.output, {"block": config.block.latents} if blocked else {}
     check_place(run, SLACK_BYTES)
@@ -49,10 +55,10 @@ def run_training(config: Config, progress: Progress = silent) -> dict[str, Any]:
     with claim(run, "train", entry | {"versions": versions()}):
         write_config(config, run)
         with atomic_folder(run / "adapter") as partial:
-            row = {"adapter": str(run / "adapter"), "lambda": config.block.weight} | train_into(
+            row = {"adapter": str(run / "adapter"), "lambda": weight} | train_into(
                 partial,
                 inputs,
-                inputs.penalty("block", config.block.weight) if blocked else None,
+                inputs.penalty("block", weight) if blocked else None,
                 config.train.seed,
                 lambda step, total: progress("training", step, total),
             )
