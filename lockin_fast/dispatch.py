@@ -20,9 +20,12 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 CPU_PART = Path(__file__).parent / "_build" / "liblockin_fast_cpu.so"
 TRITON_OPS = ("block_penalty", "encode_latents", "latent_backward", "latent_backward_", "latent_stats")
 
+FORCED = os.environ.get("LOCKIN_FAST_BACKEND", "")
+
 _library = torch.library.Library("lockin_fast", "FRAGMENT")
 _served = {}  # (op, device) -> (backend, why)
 _references = {}  # op -> the plain torch implementation
+_detours = {}  # (op, device) -> which calls do not reach the backend that serves the others
 _fallbacks = Counter()  # (op, device, reason) -> calls
 
 
@@ -61,6 +64,8 @@ def backends():
     for op in _references:
         for device in devices:
             backend, why = _served.get((op, device), ("reference", "no faster kernel here"))
+            if backend != "reference" and (op, device) in _detours:
+                why += f"; {_detours[op, device]}"
             counts = {reason: calls for (o, d, reason), calls in _fallbacks.items() if (o, d) == (op, device)}
             rows.append(OpBackend(op, device, backend, why, counts))
     return rows
@@ -74,9 +79,14 @@ def define(name, schema, reference, fake):
     _references[name] = reference
 
 
+def detour(op, device, which):
+    """Let the report say which calls of `op` leave for stock torch before the dispatcher sees them."""
+    _detours[op, device] = which
+
+
 def activate():
     """Register the fast kernels this process can use. Called once, when `lockin_fast.ops` is imported."""
-    forced = os.environ.get("LOCKIN_FAST_BACKEND", "")
+    forced = FORCED
     if forced not in ("", *BACKENDS):
         raise ValueError(f"LOCKIN_FAST_BACKEND is {forced!r}; expected one of {', '.join(BACKENDS)}, or unset")
     interpreting = os.environ.get("TRITON_INTERPRET", "") not in ("", "0")

@@ -111,6 +111,27 @@ assert "3 calls fell back" in str(report)
     assert run.returncode == 0, run.stderr
 
 
+WIDE_ENCODE = """
+import torch, lockin_fast
+from lockin_fast.ops import encode_latents as module
+taken = []
+module.wide = lambda *args, wide=module.wide: taken.append(1) or wide(*args)
+lockin_fast.encode_latents(torch.ones(1, 1025), torch.ones(4096, 1025), torch.zeros(4096))
+row = next(r for r in lockin_fast.backends() if r.op == "encode_latents" and r.device == "cpu")
+print(len(taken), row.backend, "weights over 16 MB go to stock torch" in row.why)
+"""
+
+
+@pytest.mark.parametrize(
+    ("backend", "taken"),
+    [pytest.param("", "1 cpu True", marks=needs_compiled), pytest.param("cpu", "0 cpu False", marks=needs_compiled),
+     ("reference", "0 reference False")],
+)  # fmt: skip
+def test_a_wide_encode_goes_to_stock_torch_and_says_so_unless_a_backend_is_forced(backend, taken):
+    run = python(WIDE_ENCODE, LOCKIN_FAST_BACKEND=backend)
+    assert run.stdout.strip() == taken, run.stderr
+
+
 def test_the_report_covers_every_op_here():
     rows = lockin_fast.backends()
     assert {row.op for row in rows if row.device == "cpu"} == set(dispatch.TRITON_OPS)
