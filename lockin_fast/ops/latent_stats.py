@@ -20,6 +20,7 @@ SCHEMA = (
 # Elements of a tile: 4 MB of each operand, 2 + 4 MB of products (fp32, fp64); many times the cost of a thread.
 OPERAND_ELEMENTS = 2**20
 PRODUCT_ELEMENTS = 2**19
+CAST_ELEMENTS = 2**22  # of a weight in another dtype than h's, cast at a time: 16 MB in fp32
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def latent_stats(h, weight, bias, *, h_ref=None, threshold=None, mask=None):
 
     Arguments
         h: hidden states [..., d], float32, float16 or bfloat16.
-        weight, bias: encoder rows [F, d] and [F] in normal form; cast to h's dtype and float32.
+        weight, bias: encoder rows [F, d] and [F] in normal form; cast to h's dtype, 16 MB at a time, and float32.
         h_ref: a second stream of the same tokens, shape and dtype of h.
         threshold: JumpReLU thresholds [F]; None is a plain ReLU.
         mask: bool [...], True for tokens that count. None counts all.
@@ -172,7 +173,7 @@ def latent_stats(h, weight, bias, *, h_ref=None, threshold=None, mask=None):
     Raises TypeError or ValueError, before any work, for a wrong dtype, shape or device.
 
     Costs 2 T d F FLOPs per stream; on the CPU masked tokens cost nothing, and the scratch memory is a tile's, below
-    64 MB whatever T and F.
+    64 MB whatever T, F and the dtypes.
 
     Stage 1 of latent discovery in BLOCK-EM, arXiv 2602.00767, ranks latents by `.mean` of the difference.
     """
@@ -189,5 +190,19 @@ def latent_stats(h, weight, bias, *, h_ref=None, threshold=None, mask=None):
     _checks.per_latent("threshold", threshold, latents, optional=True)
     mask = _checks.token_mask(mask, h.shape[:-1])
     _checks.same_device(h, weight=weight, bias=bias, h_ref=h_ref, threshold=threshold, mask=mask)
-    rows = _checks.rows_like(weight, h)
-    return LatentStats(*_op(tokens, rows, _checks.fp32(bias), h_ref, _checks.fp32(threshold), mask))
+    bias, threshold = _checks.fp32(bias), _checks.fp32(threshold)
+    if weight.dtype is h.dtype and weight.is_contiguous():
+        return LatentStats(*_op(tokens, weight, bias, h_ref, threshold, mask))
+    return _cast_in_parts(tokens, weight, bias, h_ref, threshold, mask)
+
+
+def _cast_in_parts(h, weight, bias, h_ref, floor, mask):
+    """The op on some latents after others, so that only a part of the weight is ever held in h's dtype."""
+    size = max(CAST_ELEMENTS // max(weight.shape[1], 1), 1)
+    parts = [slice(k, k + size) for k in range(0, max(weight.shape[0], 1), size)]
+    sums = [
+        _op(h, _checks.rows_like(weight[part], h), bias[part], h_ref, floor if floor is None else floor[part], mask)
+        for part in parts
+    ]
+    *per_latent, tokens = zip(*sums, strict=True)
+    return LatentStats(*map(torch.cat, per_latent), tokens[0])

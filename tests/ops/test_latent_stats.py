@@ -63,6 +63,19 @@ def test_tiling_changes_nothing_but_rounding(ref, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("ref", [None, "h"], ids=["one stream", "difference"])
+def test_a_weight_cast_in_parts_changes_nothing_but_rounding(ref, monkeypatch):
+    p = problem(30, 48, 77, torch.bfloat16, ref=ref, masked=True, threshold=True)
+    options = {"h_ref": p.h_ref, "threshold": p.threshold, "mask": p.mask}
+    whole = lockin_fast.latent_stats(p.h, p.weight, p.bias, **options)
+    monkeypatch.setattr(op_module, "CAST_ELEMENTS", 48 * 10)
+    for weight in (p.weight.float(), p.weight.t().contiguous().t()):
+        parts = lockin_fast.latent_stats(p.h, weight, p.bias, **options)
+        for name in FIELDS:
+            a, b = getattr(whole, name), getattr(parts, name)
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=name)
+
+
 def test_merging_equals_one_pass():
     p = problem(90, 48, 20, torch.float32, masked=True)
 
@@ -164,11 +177,12 @@ def test_errors_name_the_argument():
 
 MEMORY = """
 import sys, torch, lockin_fast
-tokens, width, latents, dtype = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), getattr(torch, sys.argv[4])
+tokens, width, latents = map(int, sys.argv[1:4])
+dtype, weight_dtype = getattr(torch, sys.argv[4]), getattr(torch, sys.argv[5])
 torch.manual_seed(0)
 def peak():
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) / 1024
-weight = torch.empty(latents, width, dtype=dtype)
+weight = torch.empty(latents, width, dtype=weight_dtype)
 for part in weight.split(1024):
     part.normal_()
 h, bias = torch.randn(tokens, width).to(dtype), torch.zeros(latents)
@@ -191,14 +205,24 @@ def scratch_mb(*arguments, **environment):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_scratch_memory(dtype):
-    # [T, F] would be 64 MB for each stream, before anything is done with it.
-    assert scratch_mb(2048, 256, 8192, dtype, OMP_NUM_THREADS="1") < 64
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype", "latents"),
+    [
+        # [T, F] would be 64 MB for each stream, before anything is done with it.
+        ("float32", "float32", 8192),
+        ("bfloat16", "bfloat16", 8192),
+        # The weight in h's dtype would be 64 MB or more.
+        ("float32", "bfloat16", 65536),
+        ("bfloat16", "float32", 131072),
+    ],
+)
+def test_scratch_memory(dtype, weight_dtype, latents):
+    tokens = 2048 if dtype == weight_dtype else 64
+    assert scratch_mb(tokens, 256, latents, dtype, weight_dtype, OMP_NUM_THREADS="1") < 64
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_scratch_memory_at_full_size(dtype):
-    assert scratch_mb(4096, 2048, 65536, dtype) < 64
+    assert scratch_mb(4096, 2048, 65536, dtype, dtype) < 64
