@@ -1,0 +1,7 @@
+"""The tests of this folder share tests/tiny_organism.py."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny_organism import one_thread, organism, own_cache  # noqa: E402, F401
