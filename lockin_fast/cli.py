@@ -88,6 +88,7 @@ def train(config: ConfigFile, set_: Overrides = None) -> None:
     with terminal.shown_progress() as progress:
         result = run_training(_load(config, set_), progress)
     terminal.show_values(result)
+    _note_slow_kernels()
 
 
 @app.command(
@@ -105,6 +106,7 @@ def sweep(config: ConfigFile, set_: Overrides = None) -> None:
     terminal.line()
     write_report(settings.output)
     terminal.show_run(settings.output)
+    _note_slow_kernels()
 
 
 @app.command(epilog="Example: lockin-fast report runs/sweep, or: lockin-fast report demo --beside demo1 demo2")
@@ -147,6 +149,7 @@ def demo(
     terminal.show_summary(summary)
     terminal.line()
     terminal.show_run(out)
+    _note_slow_kernels()
     terminal.line(f"next:    your own model: copy {out / 'organism' / 'config.yaml'}, change its paths, and run")
     terminal.line("         lockin-fast discover CONFIG, then lockin-fast sweep CONFIG")
 
@@ -181,6 +184,13 @@ def _load(path: Path, overrides: list[str] | None):
     for note in config.notes:
         terminal.line(f"note: {note}")
     return config
+
+
+def _note_slow_kernels() -> None:
+    from lockin_fast.provenance import slow_kernels
+
+    if found := slow_kernels():
+        terminal.line(f"note:    {found}")
 
 
 def _describe(error: Exception) -> str:

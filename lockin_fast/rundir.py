@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,17 +177,25 @@ def check_claim(path: Path, command: str, entry: Mapping[str, Any], *, may_grow:
 
 
 @contextlib.contextmanager
-def claim(path: Path, command: str, entry: Mapping[str, Any], *, may_grow: Sequence[str] = ()) -> Iterator[None]:
+def claim(
+    path: Path, command: str, entry: Mapping[str, Any], *, may_grow: Sequence[str] = ()
+) -> Iterator[Callable[..., None]]:
     """Hold the run directory `path` for `command`: check it, record `entry` in its manifest, remove what a kill left.
 
+    Yields `record(**more)`, which adds to the entry what is known only later; it stays there through later claims.
     One process at a time; raises RunError if another holds it.
     """
     check_claim(path, command, entry, may_grow=may_grow)
     with hold(path):
         manifest = check_claim(path, command, entry, may_grow=may_grow)
         _remove_leftovers([*path.glob(f".*{PARTIAL}"), *path.glob(f"*/.*{PARTIAL}")])
-        write_json(path / MANIFEST, manifest | {command: dict(entry)})
-        yield
+
+        def record(**more: Any) -> None:
+            manifest[command] = manifest.get(command, {}) | more
+            write_json(path / MANIFEST, manifest)
+
+        record(**entry)
+        yield record
 
 
 @contextlib.contextmanager

@@ -16,10 +16,13 @@ import sweep_world
 import torch
 from safetensors.torch import load_file, save_file
 
+from lockin_fast import dispatch
 from lockin_fast.config import ConfigError, load_config
+from lockin_fast.dispatch import OpBackend, backends
 from lockin_fast.inputs import open_exam, open_inputs
 from lockin_fast.judges import KINDS
 from lockin_fast.lora import adapter
+from lockin_fast.provenance import slow_kernels
 from lockin_fast.rundir import RunError, claim, hash_files
 from lockin_fast.sweep import run as sweep_run
 from lockin_fast.sweep import run_sweep
@@ -174,6 +177,33 @@ def test_added_lambdas_run_alone_and_removed_ones_are_refused(finished, tmp_path
     assert [row for row in longer["trials"] if row["lambda"] != 7.0] == summary["trials"]
     with pytest.raises(RunError, match=r"sweep.lambdas was \[1.0, 100.0, 7.0\], now it is \[1.0, 100.0\]"):
         run_sweep(dataclasses.replace(config, output=tmp_path / "run"))
+
+
+def test_the_manifest_says_which_kernels_served(finished):
+    config, summary = finished
+    before = read(config.output / "manifest.json")["sweep"]
+    assert {row["op"] for row in before["kernels"]["ops"]} == {row.op for row in backends()}
+    assert {"isa"} < before["kernels"].keys() and before["versions"]["torch"] == torch.__version__
+    run_sweep(config)  # with nothing to run it has nothing to say about kernels
+    assert read(config.output / "manifest.json")["sweep"] == before and "kernels" not in summary
+
+
+@pytest.mark.parametrize(
+    ("backend", "why", "fallbacks", "line"),
+    [
+        ("cpu", "compiled part loaded", {}, None),
+        ("reference", "stock torch matrix products over tiles are as fast", {}, None),
+        ("reference", "LOCKIN_FAST_BACKEND=reference", {}, None),
+        ("reference", "the compiled part is missing: build it", {}, "a, b: the compiled part is missing: build it"),
+        ("triton", "triton is installed", {"int64": 3}, "a (3 calls), b (3 calls): int64"),
+    ],
+)
+def test_a_slow_kernel_is_told_only_where_a_faster_one_was_expected(monkeypatch, backend, why, fallbacks, line):
+    rows = [OpBackend(op, "cpu", backend, why, fallbacks) for op in "ab"]
+    elsewhere = OpBackend("c", "cuda", "reference", "triton is not installed")
+    monkeypatch.setattr(dispatch, "backends", lambda: [*rows, elsewhere])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert slow_kernels() == (line and f"plain torch, which is slower, served on cpu {line}")
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,14 @@ from lockin_fast.organism.recipe import Recipe
 from lockin_fast.organism.sae_training import TrainedSae, train_sae
 from lockin_fast.organism.tokenizer import build_tokenizer
 from lockin_fast.progress import Progress, silent
+from lockin_fast.provenance import version
 from lockin_fast.rundir import RunError, atomic_folder, check_place, write_json, write_json_lines, write_text
 from lockin_fast.sae import save_saelens
 from lockin_fast.train import fine_tune
 
 NEEDED_BYTES = 2**25
 MANIFEST = "organism.json"
+SOURCES = ("organism/*.py", "train.py", "lora.py", "chat.py", "blocking/*.py")  # whose code decides the weights
 
 
 def build(out: Path, *, seed: int = 0, recipe: Recipe | None = None, progress: Progress = silent) -> Path:
@@ -65,10 +67,13 @@ def build(out: Path, *, seed: int = 0, recipe: Recipe | None = None, progress: P
 
 
 def content_key(recipe: Recipe, seed: int) -> str:
-    """What determines the organism's weights: seed, recipe, the code that grows it and the torch that runs it."""
-    digest = hashlib.sha256(json.dumps([dataclasses.asdict(recipe), seed, torch.__version__]).encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
+    """What determines the organism's weights: seed, recipe, the code that grows it and the libraries that run it."""
+    libraries = [torch.__version__, version("transformers"), version("peft")]
+    digest = hashlib.sha256(json.dumps([dataclasses.asdict(recipe), seed, *libraries]).encode())
+    package = Path(__file__).parents[1]
+    for pattern in SOURCES:
+        for source in sorted(package.glob(pattern)):
+            digest.update(source.read_bytes())
     return digest.hexdigest()[:32]
 
 

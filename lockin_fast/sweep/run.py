@@ -8,6 +8,7 @@ from typing import Any
 from lockin_fast.config import Config, ConfigError
 from lockin_fast.inputs import adapter_bytes, check_files, input_hashes, open_exam, open_inputs
 from lockin_fast.progress import Progress, silent
+from lockin_fast.provenance import kernels, versions
 from lockin_fast.rundir import (
     RunError,
     check_claim,
@@ -67,7 +68,7 @@ def run_sweep(config: Config, progress: Progress = silent) -> dict[str, Any]:
     replies = sum(map(len, exam.prompts.values()))
     check_place(run, SLACK_BYTES + missing * (adapter_bytes(inputs) + BYTES_PER_REPLY * replies))
 
-    with claim(run, "sweep", entry | {"versions": versions()}, may_grow=MAY_GROW):
+    with claim(run, "sweep", entry | {"versions": versions()}, may_grow=MAY_GROW) as record:
         write_config(config, run)
         for number, trial in enumerate(trials, 1):
             folder = run / "trials" / trial.name
@@ -76,23 +77,9 @@ def run_sweep(config: Config, progress: Progress = silent) -> dict[str, Any]:
             stage = f"[{number}/{len(trials)}] {trial.name}"
             progress(stage, 0, 0)
             run_trial(trial, inputs, exam, folder, lambda d, t, s=stage: progress(s, d, t))
+        if missing:
+            record(kernels=kernels())
         return _finish(run, trials, {"train_rows": len(inputs.dataset), "train_rows_dropped": inputs.dataset.dropped})
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides a result, for provenance."""
-    from importlib.metadata import PackageNotFoundError, version
-    from platform import platform, python_version
-
-    import lockin_fast
-
-    found = {"lockin_fast": lockin_fast.__version__, "python": python_version(), "platform": platform()}
-    for name in ("torch", "transformers", "peft"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def write_config(config: Config, run: Path) -> None:

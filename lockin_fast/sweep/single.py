@@ -7,6 +7,7 @@ from typing import Any
 from lockin_fast.config import Config, ConfigError, JudgeSettings
 from lockin_fast.inputs import adapter_bytes, check_files, input_hashes, open_inputs
 from lockin_fast.progress import Progress, silent
+from lockin_fast.provenance import kernels, versions
 from lockin_fast.rundir import (
     atomic_folder,
     check_claim,
@@ -16,7 +17,7 @@ from lockin_fast.rundir import (
     write_json,
     write_json_lines,
 )
-from lockin_fast.sweep.run import SLACK_BYTES, versions, write_config
+from lockin_fast.sweep.run import SLACK_BYTES, write_config
 from lockin_fast.sweep.trial import train_into
 
 SECTIONS = ("lora", "train", "block")
@@ -32,9 +33,7 @@ def run_training(config: Config, progress: Progress = silent) -> dict[str, Any]:
     config.require("output")
     weight = config.block.weight or 0.0
     if config.block.weight is None and config.block.latents is not None:
-        raise ConfigError(
-            "block.weight: missing, but block.latents is given; give a lambda, or 0 to train unblocked"
-        )
+        raise ConfigError("block.weight: missing, but block.latents is given; give a lambda, or 0 to train unblocked")
     blocked = weight > 0
     check_files(config, "model", "data.train", *(("sae", "block.latents") if blocked else ()))
     run, latents = config.output, {"block": config.block.latents} if blocked else {}
@@ -52,7 +51,7 @@ def run_training(config: Config, progress: Progress = silent) -> dict[str, Any]:
     inputs = open_inputs(config, latents)
     check_place(run, SLACK_BYTES + adapter_bytes(inputs))
 
-    with claim(run, "train", entry | {"versions": versions()}):
+    with claim(run, "train", entry | {"versions": versions()}) as record:
         write_config(config, run)
         with atomic_folder(run / "adapter") as partial:
             row = {"adapter": str(run / "adapter"), "lambda": weight} | train_into(
@@ -63,5 +62,6 @@ def run_training(config: Config, progress: Progress = silent) -> dict[str, Any]:
                 lambda step, total: progress("training", step, total),
             )
             write_json(partial / "result.json", row)
+        record(kernels=kernels())
         write_json_lines(run / "metrics.jsonl", read_json_lines(run / "adapter" / "metrics.jsonl"))
         return row
