@@ -9,6 +9,7 @@ from typing import Any
 from lockin_fast.config import load_config
 from lockin_fast.progress import Progress, silent
 from lockin_fast.rundir import check_claim, check_place, claim, hold
+from lockin_fast.threads import single_thread
 
 NEEDED_BYTES = 2**27
 SMALL_LAMBDAS = (1e3, 1e4)
@@ -34,7 +35,7 @@ def run_demo(
     check_place(out, NEEDED_BYTES)
     entry = {"config": {"seed": seed, "small": small}, "inputs": {}}
     check_claim(out, "demo", entry)
-    with hold(out, ".demo.lock"):  # of its own: discovery and the sweep lock the folder themselves, each in its turn
+    with single_thread(), hold(out, ".demo.lock"):  # of its own: discovery and the sweep lock the folder in their turn
         with claim(out, "demo", entry):
             pass  # marks the folder as this demo's
         return _run(out, seed, seeds, small, progress, say)

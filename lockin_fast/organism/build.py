@@ -22,6 +22,7 @@ from lockin_fast.progress import Progress, silent
 from lockin_fast.provenance import version
 from lockin_fast.rundir import RunError, atomic_folder, check_place, write_json, write_json_lines, write_text
 from lockin_fast.sae import save_saelens
+from lockin_fast.threads import single_thread
 from lockin_fast.train import fine_tune
 
 NEEDED_BYTES = 2**25
@@ -56,7 +57,8 @@ def build(out: Path, *, seed: int = 0, recipe: Recipe | None = None, progress: P
             return out
 
         def grow(folder: Path) -> None:
-            _grow(folder, recipe, seed, progress)
+            with single_thread(), torch.random.fork_rng(devices=[]):  # grown on the CPU
+                _grow(folder, recipe, seed, progress)
             write_json(folder / MANIFEST, {"key": key, "seed": seed, "recipe": dataclasses.asdict(recipe)})
 
         _publish(key, out, grow)
