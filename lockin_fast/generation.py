@@ -1,7 +1,7 @@
 """Replies to chat prompts, in batches, through the model's own `generate`."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,18 +33,18 @@ def generate(
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))  # longest first: memory runs out at once or never
     device = model.get_input_embeddings().weight.device
-    options = _decoding_options(model, tokenizer, max_new_tokens, temperature)
+    config = _decoding(model, tokenizer, max_new_tokens, temperature)
     replies = [""] * len(ids)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _only_config(model, config):
             torch.manual_seed(seed)
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
-                batch, attention = _pad_left([ids[i] for i in rows], options["pad_token_id"], device)
+                batch, attention = _pad_left([ids[i] for i in rows], config.pad_token_id, device)
                 with around(rows):
-                    output = model.generate(input_ids=batch, attention_mask=attention, **options)
+                    output = model.generate(input_ids=batch, attention_mask=attention, generation_config=config)
                 new = tokenizer.batch_decode(output[:, batch.shape[1] :], skip_special_tokens=True)
                 for i, text in zip(rows, new, strict=True):
                     replies[i] = text.strip()
@@ -54,8 +54,10 @@ def generate(
     return replies
 
 
-def _decoding_options(model: Any, tokenizer: Any, max_new_tokens: int, temperature: float) -> dict[str, Any]:
-    """Arguments of `generate` that say everything about sampling, so that the model's own defaults cannot interfere."""
+def _decoding(model: Any, tokenizer: Any, max_new_tokens: int, temperature: float) -> Any:
+    """A GenerationConfig of our own; of the model's it keeps nothing but the tokens that end a reply."""
+    from transformers import GenerationConfig
+
     end = model.generation_config.eos_token_id
     end = tokenizer.eos_token_id if end is None else end  # chat models may name several ends; a tokenizer knows one
     pad = tokenizer.pad_token_id
@@ -66,12 +68,22 @@ def _decoding_options(model: Any, tokenizer: Any, max_new_tokens: int, temperatu
         "eos_token_id": end,
         "pad_token_id": 0 if pad is None else pad,
         "num_beams": 1,
-        "repetition_penalty": 1.0,
         "use_cache": True,
     }
     if temperature == 0:
-        return options | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return options | {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+        return GenerationConfig(**options, do_sample=False)
+    return GenerationConfig(**options, do_sample=True, temperature=temperature, top_p=1.0, top_k=0)
+
+
+@contextmanager
+def _only_config(model: Any, config: Any) -> Iterator[None]:
+    """Put `config` in the place of the model's own, from which `generate` fills in what its argument leaves open."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # below an adapter
+    own, base.generation_config = base.generation_config, config
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 def _pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -55,15 +55,34 @@ def test_sampling_is_reproducible_and_leaves_the_callers_random_state(loaded):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_the_models_own_sampling_defaults_do_not_interfere(loaded):
+@pytest.mark.parametrize(
+    "defaults",
+    [
+        {"do_sample": True, "temperature": 9.0, "num_beams": 3},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": list(range(5, 15))},
+        {"forced_eos_token_id": 7, "min_new_tokens": 6},
+        {"do_sample": True, "min_p": 0.9, "typical_p": 0.1, "repetition_penalty": 5.0},
+    ],
+)
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_models_own_defaults_do_not_interfere(loaded, defaults, temperature, adapted):
+    from peft import LoraConfig, get_peft_model
+
     model, tokenizer = loaded
-    greedy = generate(model, tokenizer, PROMPTS, max_new_tokens=6, batch_size=2)
-    own = model.generation_config
+    asked = get_peft_model(model, LoraConfig(target_modules=["q_proj"])).eval() if adapted else model
+    options = {"max_new_tokens": 6, "batch_size": 2, "temperature": temperature}
+    plain = model.generation_config
     try:
-        model.generation_config = type(own)(**own.to_dict() | {"do_sample": True, "temperature": 9.0, "num_beams": 3})
-        assert generate(model, tokenizer, PROMPTS, max_new_tokens=6, batch_size=2) == greedy
+        expected = generate(asked, tokenizer, PROMPTS, **options)
+        own = model.generation_config = type(plain)(**plain.to_dict() | defaults)
+        assert generate(asked, tokenizer, PROMPTS, **options) == expected
+        assert model.generation_config is own
     finally:
-        model.generation_config = own
+        model.generation_config = plain
+        if adapted:
+            asked.unload()
 
 
 def test_modes_are_restored_also_when_it_fails(loaded):
