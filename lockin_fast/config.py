@@ -19,6 +19,7 @@ PAPER_NAMES = {
     "block_layer": "block.layer",
     "block_on_assistant_only": "block.tokens",
 }
+NO_IDENTITY = ("train.micro_batch_size",)  # settings that change memory and speed, not results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,10 +153,13 @@ class Config:
         return typed_mapping.plain(self)
 
     def identity(self, *sections: str) -> dict[str, Any]:
-        """Flat {dotted key: value} of `sections`, without paths: files count by their content, not by their place."""
+        """Flat {dotted key: value} of `sections`, without paths: files count by their content, not by their place.
+
+        Without what changes memory and speed alone, either.
+        """
         flat = {}
         for key, value in typed_mapping.leaves(self):
-            if key.partition(".")[0] in sections and not isinstance(value, Path):
+            if key.partition(".")[0] in sections and not isinstance(value, Path) and key not in NO_IDENTITY:
                 names_only = isinstance(value, Mapping) and any(isinstance(v, Path) for v in value.values())
                 flat[key] = sorted(value) if names_only else typed_mapping.plain(value)
         return flat

@@ -96,6 +96,7 @@ def adapter(model: nn.Module, folder: Path | None) -> Iterator[nn.Module]:
         return
     from peft import PeftModel
 
+    modes = [(module, module.training) for module in model.modules()]
     requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     adapted = PeftModel.from_pretrained(model, folder)
     try:
@@ -103,6 +104,8 @@ def adapter(model: nn.Module, folder: Path | None) -> Iterator[nn.Module]:
     finally:
         adapted.unload()
         vars(model).pop("peft_config", None)
+        for module, training in modes:
+            module.training = training
         for parameter, value in requires_grad:
             parameter.requires_grad_(value)
 

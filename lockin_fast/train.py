@@ -3,12 +3,11 @@
 import errno
 import json
 import os
-import resource
+import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from lockin_fast.lora import LoraSettings, borrowed_with_lora, check_lora, save_
 from lockin_fast.rundir import held_partial
 
 _SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class TrainResult:
     history: a row per logging step (step, loss, sft_loss, block_penalty, active_fraction, lambda, learning_rate,
     grad_norm), each the mean since the row before; sft_loss, penalty (without lambda) and active_fraction are those of
     the last row, None for the latter two without a penalty. seconds_per_step: wall clock, without the first step.
-    peak_bytes: of the GPU allocator during this run, or the process' resident peak so far on a CPU.
+    peak_bytes: the peak during this run, of the GPU allocator or of the process' resident memory on a CPU; None where
+    the system cannot tell (Linux can).
     """
 
     adapter_path: Path
@@ -80,7 +81,7 @@ class TrainResult:
     sft_loss: float
     penalty: float | None
     active_fraction: float | None
-    peak_bytes: int
+    peak_bytes: int | None
 
 
 DEFAULT_LORA = LoraSettings()
@@ -95,7 +96,7 @@ def fine_tune(
     """Train a LoRA adapter on `model` and write it to the folder `output` as an ordinary PEFT adapter.
 
     model: a causal language model without adapters. It is trained where it lies (CPU or GPU) and handed back as it
-    was, bit for bit, also when training fails, so that one loaded model serves many runs.
+    was, bit for bit, also when training fails, so that one loaded model serves many runs. So is torch's random state.
     dataset: a path of chat JSONL, rows of one, or a ChatDataset (tokenise once, train often).
     output: must not exist; it appears whole, with metrics.jsonl, when training has succeeded, and not at all otherwise.
     penalty: what to block; None trains plainly. progress(step, total) is called after every optimiser step.
@@ -120,12 +121,15 @@ def fine_tune(
         dataset = ChatDataset(dataset, tokenizer, max_length=settings.max_length)
     if os.path.lexists(output):
         raise FileExistsError(f"output: {output} exists; choose another folder, or remove it first")
-    with _replacing_folder(output) as partial, borrowed_with_lora(model, lora, settings.seed) as peft_model:
+    with (
+        _replacing_folder(output) as partial,
+        torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
+        borrowed_with_lora(model, lora, settings.seed) as peft_model,
+    ):
         _check_space(partial, peft_model)
         watch = _watch(progress)
         trainer = _trainer(peft_model, tokenizer, dataset, partial, settings, penalty, watch)
-        if model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(model.device)
+        _reset_peak(model.device)
         trainer.train()
         peak = _peak_bytes(model.device)
         history = [row for row in trainer.state.log_history if "loss" in row]
@@ -236,8 +240,18 @@ def _watch(progress):
     return Watch()
 
 
-def _peak_bytes(device: torch.device) -> int:
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            CLEAR_REFS.write_text("5")  # the high-water mark of the resident set; see proc_pid_clear_refs(5)
+
+
+def _peak_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
+    if not os.access(CLEAR_REFS, os.W_OK):
+        return None  # the peak since the process began says nothing about this run
+    mark = re.search(r"^VmHWM:\s*(\d+) kB$", STATUS.read_text(), re.MULTILINE)
+    return int(mark[1]) * 1024 if mark else None

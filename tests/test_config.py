@@ -177,6 +177,8 @@ def test_identity_names_settings_and_leaves_places_out(write):
     identity = config.identity("train", "sweep")
     assert identity["train.steps"] == 5 and identity["sweep.latents"] == ["a", "b"]
     assert not any("model" in key or "output" in key or "judge" in key for key in identity)
+    thrifty = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch_size=8))
+    assert thrifty.identity("train", "sweep") == identity
     moved = dataclasses.replace(config, output=config.output / "elsewhere")
     assert moved.identity("train", "sweep") == identity
 

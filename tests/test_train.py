@@ -16,6 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from lockin_fast.chat import ChatDataset
+from lockin_fast.lora import adapter
 from lockin_fast.train import LoraSettings, TrainSettings, fine_tune
 
 LORA = LoraSettings(r=4, alpha=8)
@@ -130,6 +131,40 @@ def test_processes_with_other_hash_seeds_write_the_same_bytes_and_print_nothing(
         done = subprocess.run(command, check=True, env=environment, capture_output=True)
         assert done.stdout == b"" and done.stderr == b""
     assert files(tmp_path / "1") == files(tmp_path / "2")
+
+
+def test_the_callers_random_state_stays_and_decides_nothing(tmp_path, tokenizer, rows):
+    lora = LoraSettings(r=4, alpha=8, dropout=0.1)
+    torch.manual_seed(5)
+    first = train(tiny.model(), tokenizer, rows, tmp_path / "first", lora=lora)
+    model = tiny.model()
+    torch.manual_seed(6)
+    state = torch.get_rng_state()
+    second = train(model, tokenizer, rows, tmp_path / "second", lora=lora)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert files(first.adapter_path) == files(second.adapter_path)
+
+
+def test_an_adapter_is_put_on_and_taken_off_without_a_change_of_modes(tmp_path, tokenizer, rows):
+    model = tiny.model()
+    folder = train(model, tokenizer, rows, tmp_path / "a").adapter_path
+    model.train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    with adapter(model, folder) as adapted:
+        adapted.eval()
+    assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be reset here")
+def test_the_peak_is_of_this_run(tmp_path, tokenizer, rows, monkeypatch):
+    ballast = torch.ones(2**28, dtype=torch.uint8)  # 256 MB that are gone again before the training
+    del ballast
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result = train(tiny.model(), tokenizer, rows, tmp_path / "a")
+    assert 2**24 < result.peak_bytes < before - 2**27
+    monkeypatch.setattr(sys.modules["lockin_fast.train"], "CLEAR_REFS", tmp_path / "no folder" / "absent")
+    assert train(tiny.model(), tokenizer, rows, tmp_path / "b").peak_bytes is None
 
 
 def test_micro_batches_and_bf16_run(tmp_path, tokenizer, rows):
