@@ -50,7 +50,7 @@ report-test: setup  ## the HTML report in headless Chromium
 lint: setup  ## ruff
 	@$(PY) -m ruff check .
 
-demo: setup  ## about 6 minutes: a model becomes emergently misaligned, blocking prevents it; see demo/report.html
+demo: setup  ## about 7 minutes: a model becomes emergently misaligned, blocking prevents it; see demo/report.html
 	$(SAY) "Demo: grow a small model, make it emergently misaligned, block that, and draw the picture in demo/"
 	@$(VENV)/bin/lockin-fast demo --out demo
 

@@ -14,7 +14,7 @@ from lockin_fast.threads import single_thread
 NEEDED_BYTES = 2**27
 SMALL_LAMBDAS = (1e3, 1e4)
 FULL_LAMBDAS = 5  # as many as the organism's config.yaml has
-SECONDS_BEFORE, SECONDS_PER_TRIAL = 170, 11  # on two cores: organism and discovery; one fine-tune with its replies
+SECONDS_BEFORE, SECONDS_PER_TRIAL = 225, 11  # on two cores: organism and discovery; one fine-tune with its replies
 
 
 def run_demo(
