@@ -199,10 +199,11 @@ def latent_stats(h, weight, bias, *, h_ref=None, threshold=None, mask=None):
 def _cast_in_parts(h, weight, bias, h_ref, floor, mask):
     """The op on some latents after others, so that only a part of the weight is ever held in h's dtype."""
     size = max(CAST_ELEMENTS // max(weight.shape[1], 1), 1)
-    parts = [slice(k, k + size) for k in range(0, max(weight.shape[0], 1), size)]
-    sums = [
-        _op(h, _checks.rows_like(weight[part], h), bias[part], h_ref, floor if floor is None else floor[part], mask)
-        for part in parts
-    ]
+    cast = torch.empty((min(size, weight.shape[0]), weight.shape[1]), dtype=h.dtype, device=weight.device)
+    sums = []
+    for start in range(0, max(weight.shape[0], 1), size):
+        part = slice(start, start + size)
+        rows = cast[: weight[part].shape[0]].copy_(weight[part])  # one buffer: fresh ones would pile up in the heap
+        sums.append(_op(h, rows, bias[part], h_ref, floor if floor is None else floor[part], mask))
     *per_latent, tokens = zip(*sums, strict=True)
     return LatentStats(*map(torch.cat, per_latent), tokens[0])
