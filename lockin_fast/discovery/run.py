@@ -12,7 +12,7 @@ from lockin_fast.progress import Progress, silent
 from lockin_fast.rundir import check_claim, check_place, claim, hash_files, write_json
 
 NEEDED_BYTES = 2**26
-SETS = ("causal", "top-delta", "random")
+SETS = ("causal", "top-delta", "random")  # in the order in which a sweep compares them
 
 
 def discover(config: Config, progress: Progress = silent) -> dict[str, Path]:

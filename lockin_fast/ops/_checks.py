@@ -25,6 +25,17 @@ def hidden(name, h, width):
     return tokens if tokens.stride(-1) == 1 or width <= 1 else tokens.contiguous()
 
 
+def reference(h_ref, h):
+    """The reference's hidden states, of the shape and dtype of `h` [..., d], as tokens [T, d] like h's."""
+    tensor("h_ref", h_ref, "of the shape and dtype of h")
+    if h_ref.shape != h.shape or h_ref.dtype != h.dtype:
+        raise ValueError(
+            f"h_ref: got {h_ref.dtype} {tuple(h_ref.shape)}, expected {h.dtype} {tuple(h.shape)} as h; "
+            "run the reference on the same batch in the same dtype"
+        )
+    return hidden("h_ref", h_ref, h.shape[-1])
+
+
 def rows(weight, bias):
     """Number of latents K of frozen rows `weight` [K, d] and `bias` [K]."""
     tensor("weight", weight, "of rows [K, d]")

@@ -96,13 +96,7 @@ def op_arguments(h, weight, bias, sign, z_ref, h_ref, mask, threshold, margin, l
             )
         z_ref = _checks.fp32(z_ref).view(tokens.shape[0], count)
     else:
-        _checks.tensor("h_ref", h_ref, "of the shape and dtype of h")
-        if h_ref.shape != h.shape or h_ref.dtype != h.dtype:
-            raise ValueError(
-                f"h_ref: got {h_ref.dtype} {tuple(h_ref.shape)}, expected {h.dtype} {tuple(h.shape)} as h; "
-                "run the reference on the same batch in the same dtype"
-            )
-        h_ref = _checks.hidden("h_ref", h_ref, weight.shape[1])
+        h_ref = _checks.reference(h_ref, h)
     mask = _checks.token_mask(mask, leading)
     _checks.same_device(
         h, weight=weight, bias=bias, sign=sign, z_ref=z_ref, h_ref=h_ref, mask=mask, threshold=threshold, margin=margin

@@ -181,12 +181,7 @@ def latent_stats(h, weight, bias, *, h_ref=None, threshold=None, mask=None):
     tokens = _checks.hidden("h", h, weight.shape[1])
     if h_ref is not None:
         _checks.tensor("h_ref", h_ref, "of the shape and dtype of h, or None")
-        if h_ref.shape != h.shape or h_ref.dtype != h.dtype:
-            raise ValueError(
-                f"h_ref: got {h_ref.dtype} {tuple(h_ref.shape)}, expected {h.dtype} {tuple(h.shape)} as h; "
-                "run both models on the same batch in the same dtype"
-            )
-        h_ref = _checks.hidden("h_ref", h_ref, weight.shape[1])
+        h_ref = _checks.reference(h_ref, h)
     _checks.per_latent("threshold", threshold, latents, optional=True)
     mask = _checks.token_mask(mask, h.shape[:-1])
     _checks.same_device(h, weight=weight, bias=bias, h_ref=h_ref, threshold=threshold, mask=mask)

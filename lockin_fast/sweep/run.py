@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lockin_fast.config import Config, ConfigError
+from lockin_fast.discovery.run import SETS
 from lockin_fast.inputs import adapter_bytes, check_files, input_hashes, open_exam, open_inputs
 from lockin_fast.progress import Progress, silent
 from lockin_fast.provenance import kernels, versions
@@ -23,7 +24,6 @@ from lockin_fast.sweep.summary import summarise
 from lockin_fast.sweep.trial import Trial, run_trial
 
 SECTIONS = ("lora", "train", "block", "sweep", "generation", "judge")
-DISCOVERED = ("causal", "top-delta", "random")  # the order in which discovery's sets are compared
 MAY_GROW = ("sweep.lambdas", "sweep.seeds")
 BYTES_PER_REPLY = 4096
 SLACK_BYTES = 2**21  # summary, figures and report
@@ -97,7 +97,7 @@ def latent_files(config: Config) -> dict[str, Path]:
         return {config.block.latents.stem: config.block.latents}
     found = {path.stem: path for path in sorted(config.output.glob("latents/*.json"))}
     return {
-        name: found[name] for name in sorted(found, key=lambda n: (DISCOVERED.index(n) if n in DISCOVERED else 9, n))
+        name: found[name] for name in sorted(found, key=lambda n: (SETS.index(n) if n in SETS else len(SETS), n))
     }
 
 
