@@ -18,7 +18,7 @@ from lockin_fast.kernels import Refused
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 CPU_PART = Path(__file__).parent / "_build" / "liblockin_fast_cpu.so"
-TRITON_OPS = ("block_penalty", "encode_latents", "latent_backward", "latent_backward_", "latent_stats")
+TRITON_KERNELS = Path(__file__).parent / "kernels" / "triton"
 
 FORCED = os.environ.get("LOCKIN_FAST_BACKEND", "")
 
@@ -77,6 +77,15 @@ def define(name, schema, reference, fake):
     _library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lockin_fast::{name}", fake, lib=_library)
     _references[name] = reference
+
+
+def triton_ops():
+    """The ops that have a Triton kernel: a file named like the op's own, which launches it under the op's name."""
+    return [op for op in _references if (TRITON_KERNELS / f"{_file(op)}.py").exists()]
+
+
+def _file(op):
+    return _references[op].__module__.rpartition(".")[2]
 
 
 def detour(op, device, which):
@@ -160,9 +169,10 @@ def _triton_missing():
 
 
 def _register_triton(device, why):
-    for op in TRITON_OPS:
+    ops = triton_ops()
+    for op in ops:
         _library.impl(op, _triton_kernel(op, device), device.upper())
-    _serve(TRITON_OPS, device, "triton", why)
+    _serve(ops, device, "triton", why)
 
 
 def _triton_kernel(op, device):
@@ -172,7 +182,7 @@ def _triton_kernel(op, device):
     def kernel(*args):
         nonlocal launch
         if launch is None:
-            launch = getattr(import_module(f"lockin_fast.kernels.triton.{op.rstrip('_')}"), op)
+            launch = getattr(import_module(f"lockin_fast.kernels.triton.{_file(op)}"), op)
         try:
             if device == "cpu":
                 return launch(*args)

@@ -1,7 +1,8 @@
 // The one-sided penalty and its coefficients; h and h_ref go through the same products, a few tokens at a time, so that
 // equal rows give exactly 0 and neither stream is read twice.
+#include "block_penalty.h"
+
 #include "dot.h"
-#include "unit.h"
 
 #include "../common/penalty.h"
 

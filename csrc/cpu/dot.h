@@ -6,7 +6,7 @@
 // summed in the same order, whatever tile it falls into.
 #pragma once
 
-#include "kernels.h"
+#include "encode_latents.h"
 #include "vec.h"
 
 namespace lockin_fast {

@@ -1,6 +1,7 @@
 // z = activation(h W^T + b) for K latents.
+#include "encode_latents.h"
+
 #include "dot.h"
-#include "unit.h"
 
 #include "../common/penalty.h"
 

@@ -3,7 +3,8 @@
 // Each token adds only the latents with a nonzero factor, so its cost follows the sparsity exactly, and a token
 // without any is copied (or left alone in place). Tokens go through in tiles that fit L2, a column panel of W that
 // fits L1 at a time; the gradient rows of the next tile are fetched meanwhile.
-#include "unit.h"
+#include "latent_backward.h"
+
 #include "vec.h"
 
 namespace lockin_fast {

@@ -2,8 +2,9 @@
 //
 // A thread owns blocks of latents and runs all tokens past each, so a sum never depends on the number of threads, no
 // thread waits for another, and only a few tokens' latents exist at any time.
+#include "latent_stats.h"
+
 #include "dot.h"
-#include "unit.h"
 
 #include "../common/penalty.h"
 

@@ -13,8 +13,9 @@ import lockin_fast
 from lockin_fast import dispatch
 
 HERE = Path(__file__).parent
-NARROW = ["test_block_penalty.py", "test_block_penalty_tap.py", "test_encode_latents.py", "test_latent_backward.py"]
+OPS = Path(lockin_fast.__file__).parent / "ops"
 STATS = ["test_latent_stats.py"]
+NARROW = sorted({f"test_{path.stem}.py" for path in OPS.glob("[a-z]*.py")} - set(STATS))
 OWN = ("LOCKIN_FAST_BACKEND", "LOCKIN_FAST_CPU_ISA", "LOCKIN_FAST_TEST_WITHOUT", "TRITON_INTERPRET")
 
 
@@ -55,8 +56,8 @@ def test_the_reference_can_be_forced():
 
 @needs_triton
 def test_the_interpreter_serves_every_op():
-    assert served(TRITON_INTERPRET="1") == dict.fromkeys(dispatch.TRITON_OPS, "triton")
-    assert served(TRITON_INTERPRET="1", LOCKIN_FAST_BACKEND="triton") == dict.fromkeys(dispatch.TRITON_OPS, "triton")
+    assert served(TRITON_INTERPRET="1") == dict.fromkeys(dispatch.triton_ops(), "triton")
+    assert served(TRITON_INTERPRET="1", LOCKIN_FAST_BACKEND="triton") == dict.fromkeys(dispatch.triton_ops(), "triton")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ def test_a_wide_encode_goes_to_stock_torch_and_says_so_unless_a_backend_is_force
 
 def test_the_report_covers_every_op_here():
     rows = lockin_fast.backends()
-    assert {row.op for row in rows if row.device == "cpu"} == set(dispatch.TRITON_OPS)
+    assert {row.op for row in rows if row.device == "cpu"} == set(dispatch._references)
     assert all(row.backend in dispatch.BACKENDS and row.why for row in rows)
 
 
