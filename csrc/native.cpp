@@ -2,11 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <limits>
 #include <string>
 #include <vector>
 
 #include "common/half.h"
+#include "common/nf4.h"
 #include "common/penalty.h"
 #include "cpu/isa.h"
 
@@ -39,6 +41,19 @@ float round_trip(float x) {
   return lockin_fast::to_float(stored);
 }
 
+py::bytes nf4_block(const std::vector<float>& block, float* absmax) {
+  uint32_t largest = 0;
+  for (float x : block) largest = std::max(largest, lockin_fast::magnitude_bits(x));
+  *absmax = lockin_fast::float_from_bits(largest);
+  const float inverse = lockin_fast::nf4_inverse(*absmax);
+  std::string codes;
+  for (size_t i = 0; i + 1 < block.size(); i += 2) {
+    codes += static_cast<char>(lockin_fast::nf4_pack(lockin_fast::nf4_code(block[i] * inverse),
+                                                     lockin_fast::nf4_code(block[i + 1] * inverse)));
+  }
+  return codes;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -57,6 +72,17 @@ PYBIND11_MODULE(_native, m) {
       },
       py::arg("pre"), py::arg("z_ref"), py::arg("sign"), py::arg("margin") = 0.0f, py::arg("threshold") = kNoThreshold,
       "(e^2, d e^2 / d pre, e > 0) of one latent on one token, with e = relu(sign * (z - z_ref) - margin). fp32.");
+  m.def("nf4_value", &lockin_fast::nf4_value, py::arg("code"), "The codebook's value of a code in [0, 16).");
+  m.def("nf4_boundary", &lockin_fast::nf4_boundary, py::arg("i"), "Where code i ends and code i + 1 begins.");
+  m.def("nf4_code", &lockin_fast::nf4_code, py::arg("x"), "The code nearest to x in [-1, 1]; 15 for NaN.");
+  m.def(
+      "nf4_block",
+      [](const std::vector<float>& block) {
+        float absmax;
+        const py::bytes codes = nf4_block(block, &absmax);
+        return py::make_tuple(codes, absmax);
+      },
+      py::arg("block"), "(codes, absmax) of one block of elements: two codes a byte, the even one in the high nibble.");
   m.def("round_bf16", &round_trip<lockin_fast::bf16>, py::arg("x"), "x rounded to bfloat16 and widened again.");
   m.def("round_f16", &round_trip<lockin_fast::f16>, py::arg("x"), "x rounded to float16 and widened again.");
 }

@@ -92,3 +92,35 @@ def test_build_info_names_what_was_built():
     assert "baseline" in info["units"].split()
     assert set(native.cpu_features()) <= {"baseline", "avx2", "avx512", "avx512bf16"}
     assert native.isa() in native.cpu_features()
+
+
+CODEBOOK = [native.nf4_value(code) for code in range(16)]
+
+
+def nearest_code(x):
+    """Smallest distance; a tie, at a boundary rounded to fp32, goes to the lower code."""
+    return sum(x > fp32((low + high) / 2) for low, high in zip(CODEBOOK, CODEBOOK[1:], strict=False))
+
+
+def test_nf4_codebook_is_sorted_and_has_an_exact_zero():
+    assert CODEBOOK == sorted(CODEBOOK) and CODEBOOK == [fp32(x) for x in CODEBOOK]
+    assert (CODEBOOK[0], CODEBOOK[7], CODEBOOK[15]) == (-1.0, 0.0, 1.0)
+
+
+def test_nf4_code_is_the_nearest():
+    values = torch.rand(4000, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    boundaries = torch.tensor([native.nf4_boundary(i) for i in range(15)])
+    beside = [torch.nextafter(boundaries, torch.full((15,), end)) for end in (-2.0, 2.0)]
+    for x in torch.cat([values, boundaries, *beside, torch.tensor(CODEBOOK + [1.5, -1.5])]).tolist():
+        assert native.nf4_code(x) == nearest_code(x), x
+    assert native.nf4_code(NAN) == 15
+
+
+def test_nf4_block_scales_by_its_largest_magnitude_and_packs_the_even_element_high():
+    assert native.nf4_block([0.0, -4.0, 4.0, 0.0]) == (bytes([0x70, 0xF7]), 4.0)
+    assert native.nf4_block([0.0, -0.0]) == (bytes([0x77]), 0.0)
+    assert native.nf4_block([INF, 1.0, -INF, 0.0]) == (bytes([0xF7, 0xF7]), INF)
+    codes, absmax = native.nf4_block([1.0, NAN])
+    assert codes == bytes([0xFF]) and math.isnan(absmax)
+    assert native.nf4_block([1e-45, 0.0])[1] == fp32(1e-45)  # far below what can be inverted: the code of zero
+    assert native.nf4_block([1e-45, 0.0])[0] == bytes([0x77])
