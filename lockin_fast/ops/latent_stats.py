@@ -10,17 +10,12 @@ from dataclasses import dataclass, fields
 import torch
 
 from lockin_fast.dispatch import define
-from lockin_fast.ops import _checks
-from lockin_fast.ops.encode_latents import inactive
+from lockin_fast.ops import _checks, _wide
 
 SCHEMA = (
     "(Tensor h, Tensor weight, Tensor bias, Tensor? h_ref, Tensor? threshold, Tensor? mask) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-# Elements of a tile: 4 MB of each operand, 2 + 4 MB of products (fp32, fp64); many times the cost of a thread.
-OPERAND_ELEMENTS = 2**20
-PRODUCT_ELEMENTS = 2**19
-CAST_ELEMENTS = 2**22  # of a weight in another dtype than h's, cast at a time: 16 MB in fp32
 
 
 @dataclass(frozen=True)
@@ -68,13 +63,6 @@ class LatentStats:
         return f"{self.sum.shape[0]} latents of {'a difference' if self.count_ref.shape[0] else 'one stream'}"
 
 
-def tile_shape(tokens, width, latents):
-    """Tokens and latents of a tile, so that operands and products stay within their budgets."""
-    side = max(OPERAND_ELEMENTS // max(width, 1), 1)
-    tile_tokens = max(min(tokens, side, 1024), 1)
-    return tile_tokens, max(min(latents, side, PRODUCT_ELEMENTS // tile_tokens), 1)
-
-
 def reference(h, weight, bias, h_ref, threshold, mask):
     """Plain torch over tiles of tokens and latents, every large buffer allocated once; sums in fp64."""
     latents, width = weight.shape
@@ -82,15 +70,15 @@ def reference(h, weight, bias, h_ref, threshold, mask):
     if mask is not None and h.device.type == "cpu":  # elsewhere the number of tokens would have to be waited for
         chosen = mask.nonzero().squeeze(1)
     tokens = h.shape[0] if chosen is None else chosen.shape[0]
-    rows, columns = tile_shape(tokens, width, latents)
+    rows, columns = _wide.tile_shape(tokens, width, latents)
     streams = [h] if h_ref is None else [h, h_ref]
     sums, squares = (torch.zeros(latents, dtype=torch.float64, device=h.device) for _ in range(2))
     counts = [torch.zeros(latents, dtype=torch.int64, device=h.device) for _ in streams]
     work = torch.promote_types(h.dtype, torch.float32)
-    operands = [_Buffer((rows, width), work, h.device) for _ in streams]
-    weights = _Buffer((columns, width), work, h.device)
-    products = [_Buffer((rows, columns), work, h.device) for _ in streams]
-    wide = _Buffer((rows, columns), torch.float64, h.device)
+    operands = [_wide.Buffer((rows, width), work, h.device) for _ in streams]
+    weights = _wide.Buffer((columns, width), work, h.device)
+    products = [_wide.Buffer((rows, columns), work, h.device) for _ in streams]
+    wide = _wide.Buffer((rows, columns), torch.float64, h.device)
 
     for t0 in range(0, tokens, rows):
         block = slice(t0, min(t0 + rows, tokens))
@@ -103,9 +91,11 @@ def reference(h, weight, bias, h_ref, threshold, mask):
             floor = None if threshold is None else threshold[part]
             shape = block.stop - block.start, part.stop - part.start
             z = [
-                _encode(x, w, b, floor, dropped, product.shaped(*shape))
+                _wide.encode_tile(x, w, b, floor, product.shaped(*shape))
                 for x, product in zip(tiles, products, strict=True)
             ]
+            if dropped is not None:  # set to zero, whatever they hold
+                z = [activation.masked_fill_(dropped, 0.0) for activation in z]
             for count, activation in zip(counts, z, strict=True):
                 count[part] += (activation > 0).sum(0)
             value = wide.shaped(*shape).copy_(z[0] if h_ref is None else z[0].sub_(z[1]))
@@ -114,30 +104,6 @@ def reference(h, weight, bias, h_ref, threshold, mask):
 
     total = mask.sum() if mask is not None else torch.full((), tokens, dtype=torch.int64, device=h.device)
     return sums, squares, counts[0], counts[1] if h_ref is not None else counts[0].new_zeros(0), total
-
-
-class _Buffer:
-    """Memory for a matrix of at most `shape`, made at the first use and kept."""
-
-    def __init__(self, shape, dtype, device):
-        self.shape, self.dtype, self.device, self.memory = shape, dtype, device, None
-
-    def shaped(self, rows, columns):
-        if self.memory is None:
-            self.memory = torch.empty(self.shape[0] * self.shape[1], dtype=self.dtype, device=self.device)
-        return self.memory[: rows * columns].view(rows, columns)
-
-    def holding(self, x):
-        """`x` itself where it has the dtype, else a copy here."""
-        return x if x.dtype == self.dtype else self.shaped(*x.shape).copy_(x)
-
-
-def _encode(x, weight, bias, threshold, dropped, out):
-    """Latents of one tile [tokens, latents] in `out`; dropped tokens are set to zero, whatever they hold."""
-    with torch.autocast(x.device.type, enabled=False):
-        pre = torch.addmm(bias, x, weight, out=out)
-    z = pre.relu_() if threshold is None else pre.masked_fill_(inactive(pre, threshold), 0.0)
-    return z if dropped is None else z.masked_fill_(dropped, 0.0)
 
 
 def _fake(h, weight, bias, h_ref, threshold, mask):
@@ -186,19 +152,11 @@ def latent_stats(h, weight, bias, *, h_ref=None, threshold=None, mask=None):
     mask = _checks.token_mask(mask, h.shape[:-1])
     _checks.same_device(h, weight=weight, bias=bias, h_ref=h_ref, threshold=threshold, mask=mask)
     bias, threshold = _checks.fp32(bias), _checks.fp32(threshold)
-    if weight.dtype is h.dtype and weight.is_contiguous():
-        return LatentStats(*_op(tokens, weight, bias, h_ref, threshold, mask))
-    return _cast_in_parts(tokens, weight, bias, h_ref, threshold, mask)
-
-
-def _cast_in_parts(h, weight, bias, h_ref, floor, mask):
-    """The op on some latents after others, so that only a part of the weight is ever held in h's dtype."""
-    size = max(CAST_ELEMENTS // max(weight.shape[1], 1), 1)
-    cast = torch.empty((min(size, weight.shape[0]), weight.shape[1]), dtype=h.dtype, device=weight.device)
-    sums = []
-    for start in range(0, max(weight.shape[0], 1), size):
-        part = slice(start, start + size)
-        rows = cast[: weight[part].shape[0]].copy_(weight[part])  # one buffer: fresh ones would pile up in the heap
-        sums.append(_op(h, rows, bias[part], h_ref, floor if floor is None else floor[part], mask))
-    *per_latent, tokens = zip(*sums, strict=True)
-    return LatentStats(*map(torch.cat, per_latent), tokens[0])
+    sums = [
+        _op(tokens, rows, bias[part], h_ref, threshold if threshold is None else threshold[part], mask)
+        for part, rows in _wide.cast_parts(weight, h.dtype)
+    ]
+    if len(sums) == 1:
+        return LatentStats(*sums[0])
+    *per_latent, total = zip(*sums, strict=True)
+    return LatentStats(*map(torch.cat, per_latent), total[0])

@@ -14,8 +14,8 @@ from lockin_fast import dispatch
 
 HERE = Path(__file__).parent
 OPS = Path(lockin_fast.__file__).parent / "ops"
-STATS = ["test_latent_stats.py"]
-NARROW = sorted({f"test_{path.stem}.py" for path in OPS.glob("[a-z]*.py")} - set(STATS))
+WIDE = ["test_encode_topk.py", "test_latent_stats.py"]
+NARROW = sorted({f"test_{path.stem}.py" for path in OPS.glob("[a-z]*.py")} - set(WIDE))
 OWN = ("LOCKIN_FAST_BACKEND", "LOCKIN_FAST_CPU_ISA", "LOCKIN_FAST_TEST_WITHOUT", "TRITON_INTERPRET")
 
 
@@ -44,9 +44,9 @@ nested = pytest.mark.skipif(any(name in os.environ for name in OWN), reason="thi
 @needs_compiled
 def test_the_compiled_part_serves_the_narrow_ops():
     narrow = dict.fromkeys(("block_penalty", "encode_latents", "latent_backward", "latent_backward_"), "cpu")
-    assert served(LOCKIN_FAST_CPU_ISA="baseline") == narrow | {"latent_stats": "reference"}
+    assert served(LOCKIN_FAST_CPU_ISA="baseline") == narrow | {"encode_topk": "reference", "latent_stats": "reference"}
     wide = "cpu" if "avx512" in import_module("lockin_fast._native").cpu_features() else "reference"
-    assert served(LOCKIN_FAST_CPU_ISA="") == narrow | {"latent_stats": wide}
+    assert served(LOCKIN_FAST_CPU_ISA="") == narrow | {"encode_topk": "reference", "latent_stats": wide}
     assert served(LOCKIN_FAST_BACKEND="cpu", TRITON_INTERPRET="1") == served()
 
 
@@ -149,21 +149,21 @@ def passes(files, but="scratch", **changes):
 
 @nested
 def test_every_op_passes_with_neither_compiled_part_nor_triton():
-    passes([*NARROW, *STATS], LOCKIN_FAST_TEST_WITHOUT="compiled,triton")
+    passes([*NARROW, *WIDE], LOCKIN_FAST_TEST_WITHOUT="compiled,triton")
 
 
 @nested
 @needs_triton
 def test_every_op_passes_in_the_interpreter():
     # Interpreted loops over wide rows are slow; a test of their own runs those.
-    passes([*NARROW, *STATS], but="scratch or 2304 or 4096", TRITON_INTERPRET="1")
+    passes([*NARROW, *WIDE], but="scratch or 2304 or 4096", TRITON_INTERPRET="1")
 
 
 @nested
 @needs_triton
 @pytest.mark.slow
 def test_every_op_passes_in_the_interpreter_at_full_width():
-    passes([*NARROW, *STATS], TRITON_INTERPRET="1")
+    passes([*NARROW, *WIDE], TRITON_INTERPRET="1")
 
 
 @nested
@@ -186,10 +186,10 @@ def test_every_op_passes_on_each_instruction_set(isa):
         pytest.skip(f"{isa} is what the tests around this one run on")
     check = python("from lockin_fast import _native; print(_native.isa())", LOCKIN_FAST_CPU_ISA=isa)
     assert check.stdout.strip() == isa, check.stderr
-    passes([*NARROW, *STATS] if isa.startswith("avx512") else NARROW, LOCKIN_FAST_CPU_ISA=isa)
+    passes([*NARROW, *WIDE] if isa.startswith("avx512") else NARROW, LOCKIN_FAST_CPU_ISA=isa)
 
 
 @nested
 @pytest.mark.slow
 def test_every_op_passes_with_the_reference_forced():
-    passes([*NARROW, *STATS], LOCKIN_FAST_BACKEND="reference")
+    passes([*NARROW, *WIDE], LOCKIN_FAST_BACKEND="reference")

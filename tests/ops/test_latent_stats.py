@@ -8,6 +8,7 @@ from penalty_oracle import assert_as_good_as_torch, clear_of_steps, encode, prob
 
 import lockin_fast
 from lockin_fast import LatentStats
+from lockin_fast.ops import _wide
 from lockin_fast.ops import latent_stats as op_module
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -55,9 +56,9 @@ def test_tiling_changes_nothing_but_rounding(ref, monkeypatch):
     p = problem(130, 48, 77, torch.float32, ref=ref, masked=True, threshold=True)
     arguments = p.h, p.weight, p.bias, p.h_ref, p.threshold, p.mask
     whole = op_module.reference(*arguments)
-    monkeypatch.setattr(op_module, "OPERAND_ELEMENTS", 48 * 50)
-    monkeypatch.setattr(op_module, "PRODUCT_ELEMENTS", 1000)
-    assert op_module.tile_shape(130, 48, 77) == (50, 20)
+    monkeypatch.setattr(_wide, "OPERAND_ELEMENTS", 48 * 50)
+    monkeypatch.setattr(_wide, "PRODUCT_ELEMENTS", 1000)
+    assert _wide.tile_shape(130, 48, 77) == (50, 20)
     tiled = op_module.reference(*arguments)
     for name, a, b in zip(FIELDS, whole, tiled, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=name)
@@ -68,7 +69,7 @@ def test_a_weight_cast_in_parts_changes_nothing_but_rounding(ref, monkeypatch):
     p = problem(30, 48, 77, torch.bfloat16, ref=ref, masked=True, threshold=True)
     options = {"h_ref": p.h_ref, "threshold": p.threshold, "mask": p.mask}
     whole = lockin_fast.latent_stats(p.h, p.weight, p.bias, **options)
-    monkeypatch.setattr(op_module, "CAST_ELEMENTS", 48 * 10)
+    monkeypatch.setattr(_wide, "CAST_ELEMENTS", 48 * 10)
     for weight in (p.weight.float(), p.weight.t().contiguous().t()):
         parts = lockin_fast.latent_stats(p.h, weight, p.bias, **options)
         for name in FIELDS:
