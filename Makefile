@@ -1,5 +1,6 @@
 # make test, make demo: everything from a fresh clone on; a second call starts at once. make help lists the rest.
 # Needs Python >= 3.10 with venv; with a C++17 compiler the fast CPU kernels are built, without one plain torch serves.
+# CUDA kernels are built where nvcc is found, GPU or not (LOCKIN_FAST_CUDA=0 leaves them out, =1 insists).
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -8,7 +9,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 SAY = @printf '\n==> %s\n'
-BUILD_INPUTS := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt setup.py pyproject.toml
+BUILD_INPUTS := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: setup help test slow report-test lint demo robustness bench clean
 
@@ -30,9 +31,10 @@ $(VENV)/.pinned: requirements-ci.txt $(VENV)/.torch
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.pinned $(BUILD_INPUTS)
-	$(SAY) "Setting up in $(VENV): 3/3 lockin_fast with its C++ kernels (half a minute; again when csrc/ changes)"
+	$(SAY) "Setting up in $(VENV): 3/3 lockin_fast with its C++ and CUDA kernels (a minute; again when csrc/ changes)"
 	@PYTHONWARNINGS=ignore $(PIP) install --quiet --no-build-isolation --no-deps --editable .
-	@$(PY) -c 'from lockin_fast import _native as n; print("    built:", n.build_info()["units"], "- this machine runs", n.isa())' \
+	@$(PY) -c 'from lockin_fast import _native as n; i = n.build_info(); print("    built:", i["units"], "- this machine runs", \
+		n.isa(), "- CUDA:", i["cuda"])' \
 		2>/dev/null || $(PY) -c 'import lockin_fast as lf; print("    NOT EVERYTHING WAS COMPILED. The CPU ops are served by:", \
 		*sorted({f"{row.backend} ({row.why})" for row in lf.backends() if row.device == "cpu"}))'
 	@touch $@

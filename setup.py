@@ -1,7 +1,9 @@
 """Builds the compiled part with CMake and Ninja; everything else about the package is in pyproject.toml.
 
 LOCKIN_FAST_NO_BUILD=1 skips the compiled part. Without a C++ compiler the installation still succeeds: the reference
-kernels, in plain torch, then serve every op. Without Python's headers only `_native` is left out.
+kernels, in plain torch, then serve every op. Without Python's headers only `_native` is left out. CUDA kernels are
+compiled where nvcc is found, for sm_80, sm_90 and sm_100: LOCKIN_FAST_CUDA=0 leaves them out, =1 insists, and
+LOCKIN_FAST_CUDA_ARCHS="80 90" names other chips.
 """
 
 import importlib.metadata
@@ -68,6 +70,8 @@ class CMakeBuild(build_ext):
                 f"-DLOCKIN_FAST_TORCH_DIR={torch}",
                 f"-DLOCKIN_FAST_TORCH_VERSION={importlib.metadata.version('torch')}",
                 f"-DLOCKIN_FAST_VERSION={self.distribution.get_version()}",
+                f"-DLOCKIN_FAST_CUDA={os.environ.get('LOCKIN_FAST_CUDA', 'auto')}",
+                f"-DLOCKIN_FAST_CUDA_ARCHS={os.environ.get('LOCKIN_FAST_CUDA_ARCHS', '').replace(' ', ';')}",
             ],
             check=True,
         )  # fmt: skip

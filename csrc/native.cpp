@@ -31,6 +31,7 @@ py::dict build_info() {
   info["build_type"] = LOCKIN_FAST_BUILD_TYPE;
   info["torch"] = LOCKIN_FAST_TORCH;
   info["units"] = LOCKIN_FAST_UNITS;
+  info["cuda"] = LOCKIN_FAST_CUDA;
   return info;
 }
 
@@ -58,7 +59,7 @@ py::bytes nf4_block(const std::vector<float>& block, float* absmax) {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Build information, CPU features and the scalar maths shared by the kernels.";
-  m.def("build_info", &build_info, "Version, compiler, build type, torch headers and compiled units, as strings.");
+  m.def("build_info", &build_info, "Version, compiler, build type, torch headers, compiled units and CUDA chips, as strings.");
   m.def("cpu_features", &cpu_features, "The instruction-set levels this processor runs, lowest first.");
   m.def("isa", [] { return std::string(lockin_fast::isa_name(lockin_fast::chosen_isa())); },
         "The level that serves: LOCKIN_FAST_CPU_ISA if set, else the highest. RuntimeError if it cannot be served.");

@@ -203,6 +203,7 @@ def test_without_python_headers_the_ops_are_built_all_the_same(tmp_path):
             TOOL["cmake"], "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja",
             f"-DCMAKE_MAKE_PROGRAM={TOOL['ninja']}", f"-DPython3_EXECUTABLE={sys.executable}",
             f"-DPython3_INCLUDE_DIR={tmp_path}", f"-DLOCKIN_FAST_TORCH_DIR={Path(torch.__file__).parent}",
+            "-DLOCKIN_FAST_CUDA=0",
         ],
         capture_output=True, text=True,
     )  # fmt: skip

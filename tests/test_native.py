@@ -88,7 +88,7 @@ def test_storage_types_round_as_torch_does(name, dtype):
 
 def test_build_info_names_what_was_built():
     info = native.build_info()
-    assert set(info) == {"version", "compiler", "build_type", "torch", "units"}
+    assert set(info) == {"version", "compiler", "build_type", "torch", "units", "cuda"}
     assert "baseline" in info["units"].split()
     assert set(native.cpu_features()) <= {"baseline", "avx2", "avx512", "avx512bf16"}
     assert native.isa() in native.cpu_features()
