@@ -1,8 +1,30 @@
 """The ops: one file each, with what it computes, its schema, its gradient and its public function."""
 
 from lockin_fast import dispatch
-from lockin_fast.ops import block_penalty, block_penalty_tap, encode_latents, encode_topk, latent_backward, latent_stats
+from lockin_fast.ops import (
+    block_penalty,
+    block_penalty_tap,
+    encode_latents,
+    encode_topk,
+    latent_backward,
+    latent_stats,
+    patch,
+    patch_diff,
+    routing_stats,
+    steer,
+)
 
 dispatch.activate()
 
-__all__ = ["block_penalty", "block_penalty_tap", "encode_latents", "encode_topk", "latent_backward", "latent_stats"]
+__all__ = [
+    "block_penalty",
+    "block_penalty_tap",
+    "encode_latents",
+    "encode_topk",
+    "latent_backward",
+    "latent_stats",
+    "patch",
+    "patch_diff",
+    "routing_stats",
+    "steer",
+]

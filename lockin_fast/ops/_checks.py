@@ -69,15 +69,17 @@ def same_device(h, **others):
             raise ValueError(f"{name}: is on {value.device}, but h is on {h.device}; move it there")
 
 
-def token_mask(mask, leading):
-    """`mask` [...] bool over the leading dimensions of h, as [T]; None stays None."""
+def token_mask(mask, leading, of="h"):
+    """`mask` [...] bool over the leading dimensions of the input named `of`, as [T]; None stays None."""
     if mask is None:
         return None
-    tensor("mask", mask, "of bool [...], the leading dimensions of h, or None")
+    tensor("mask", mask, f"of bool [...], the leading dimensions of {of}, or None")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: got {mask.dtype}, expected bool, True for tokens that count, e.g. labels != -100")
     if mask.shape != leading:
-        raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected {tuple(leading)}, the leading dimensions of h")
+        raise ValueError(
+            f"mask: got shape {tuple(mask.shape)}, expected {tuple(leading)}, the leading dimensions of {of}"
+        )
     return mask.reshape(-1).contiguous()
 
 
@@ -91,3 +93,105 @@ def fp32(value):
 def rows_like(weight, h):
     """`weight` in h's dtype with contiguous rows."""
     return weight if weight.dtype is h.dtype and weight.is_contiguous() else weight.to(h.dtype).contiguous()
+
+
+def stream(h, *dims):
+    """Check hidden states that are taken as they lie, of 2 or 3 dimensions; the words `dims` tell the shapes."""
+    tensor("h", h, " or ".join(dims))
+    if h.dtype not in DTYPES:
+        raise TypeError(f"h: got {h.dtype}, expected float32, float16 or bfloat16; cast it first")
+    if h.dim() not in (2, 3):
+        raise ValueError(f"h: got shape {tuple(h.shape)}, expected {' or '.join(dims)}")
+
+
+def writable(h):
+    """Check, as torch does, that writing over `h` spoils no gradient that autograd has been asked for."""
+    if not (h.requires_grad and torch.is_grad_enabled()):
+        return
+    if h.is_leaf:
+        raise ValueError("h: is a leaf that requires grad, which nothing may write over; pass h.clone() or use no_grad")
+
+
+def known(value):
+    """Whether looking at the values of `value` costs no wait: a plain tensor on the CPU, not traced."""
+    return value.device.type == "cpu" and type(value) is torch.Tensor and not torch.compiler.is_compiling()
+
+
+def positions(positions, h):
+    """`positions` int64 [P] or [P, 2] as rows [P] of the flattened tokens of h; what is outside of h is -1.
+
+    On the CPU a position outside of h raises instead; elsewhere that would wait for the device.
+    """
+    tensor("positions", positions, "of int64: [P, 2] pairs (row, position) or [P] flat tokens")
+    if positions.dtype != torch.int64:
+        raise TypeError(
+            f"positions: got {positions.dtype}, expected int64 [P, 2] pairs (row, position) or [P] flat tokens; "
+            "for a mask pass mask.nonzero()"
+        )
+    pairs = positions.dim() == 2 and positions.shape[1] == 2 and h.dim() == 3
+    if not pairs and positions.dim() != 1:
+        wanted = "[P, 2] pairs (row, position) or [P] flat tokens" if h.dim() == 3 else "[P] as h is [N, d]"
+        raise ValueError(f"positions: got shape {tuple(positions.shape)}, expected {wanted}")
+    same_device(h, positions=positions)
+    limits = h.shape[:2] if pairs else (h.shape[:-1].numel(),)
+    columns = positions.unbind(1) if pairs else (positions,)
+    if known(positions):
+        for column, limit in zip(columns, limits, strict=True):
+            _inside(column, limit, tuple(h.shape))
+        return columns[0] * limits[1] + columns[1] if pairs else positions.contiguous()
+    valid = torch.stack([(column >= 0) & (column < limit) for column, limit in zip(columns, limits, strict=True)])
+    return torch.where(valid.all(0), columns[0] * limits[1] + columns[1] if pairs else positions, -1)
+
+
+def _inside(column, limit, shape):
+    if not column.numel():
+        return
+    low, high = (int(end) for end in column.aminmax())
+    if low < 0 or high >= limit:
+        raise ValueError(
+            f"positions: got {low if low < 0 else high}, expected 0 to {limit - 1} as h is {shape}; "
+            "count from the start, not from the end"
+        )
+
+
+def source(source, count, h):
+    """`source` [P, d], one row for each of `count` positions, in h's dtype."""
+    tensor("source", source, f"[{count}, {h.shape[-1]}], one row per position")
+    if source.shape != (count, h.shape[-1]) or not source.is_floating_point():
+        raise ValueError(
+            f"source: got {source.dtype} {tuple(source.shape)}, expected floating point [{count}, {h.shape[-1]}], "
+            "one row of h's width per position"
+        )
+    same_device(h, source=source)
+    return source.to(h.dtype)
+
+
+def directions(name, value, h):
+    """Number of rows F of `value` [F, d], of the width of h."""
+    width = h.shape[-1]
+    tensor(name, value, f"of rows [F, {width}]")
+    if value.dim() != 2 or value.shape[1] != width or not value.is_floating_point():
+        raise ValueError(
+            f"{name}: got {value.dtype} {tuple(value.shape)}, expected floating point rows [F, {width}] as h is "
+            f"[..., {width}]; transpose a [d, F] decoder"
+        )
+    return value.shape[0]
+
+
+def per_row(name, value, rows):
+    """Check one value for each of the `rows` of the batch."""
+    tensor(name, value, f"[{rows}], one value per row of h")
+    if value.shape != (rows,):
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{rows}], one value per row of h")
+
+
+def index(index, rows, count):
+    """`index` int64 [R] into `count` directions, -1 for none; checked where that does not wait for the device."""
+    per_row("index", index, rows)
+    if index.dtype != torch.int64:
+        raise TypeError(f"index: got {index.dtype}, expected int64, the direction of each row, or -1 for none")
+    if known(index) and rows:
+        low, high = (int(end) for end in index.aminmax())
+        if low < -1 or high >= count:
+            raise ValueError(f"index: got {low if low < -1 else high}, expected -1 to {count - 1}, rows of directions")
+    return index.contiguous()

@@ -1,0 +1,66 @@
+"""Activation patching: listed tokens of a hidden state are written over with others, dense or NF4."""
+
+import torch
+
+from lockin_fast.dispatch import define
+from lockin_fast.ops import _checks
+
+SCHEMA = "(Tensor(a!) h, Tensor rows, Tensor source) -> ()"
+
+
+def reference(h, rows, source):
+    """Plain torch: h [N, d], rows [P], source [P, d] of h's dtype. Rows outside [0, N) are skipped, everywhere."""
+    inside = (rows >= 0) & (rows < h.shape[0])
+    h[rows[inside]] = source[inside]
+
+
+def _fake(h, rows, source):
+    pass
+
+
+define("patch_", SCHEMA, reference, _fake)
+_op = torch.ops.lockin_fast.patch_.default
+
+
+def patch_(h, positions, source):
+    """h[row, pos] <- source for listed positions, in place.
+
+    Arguments
+        h: hidden states [B, S, d] or [N, d], float32, float16 or bfloat16.
+        positions: int64 [P, 2] of (row, position), or [P] flat tokens, row * S + position. From a mask: mask.nonzero().
+            Which source wins a position that is listed twice is not promised.
+        source: [P, d], cast to h's dtype; it may be expanded from one row, which is then read once and again from
+            cache.
+
+    Returns h. Where gradients are wanted the patch is stock torch's `index_put_`: none flows to what h held at the
+    patched positions, and source gets its own.
+
+    Raises TypeError or ValueError, before any work, for a wrong dtype, shape or device, for a leaf that requires grad,
+    and on the CPU for a position outside of h; on other devices such a position is skipped.
+
+    Costs one read of source and one write of the same size.
+
+    Activation patching as in Vig et al., arXiv 2004.12265, and Meng et al., arXiv 2202.05262.
+    """
+    _checks.stream(h, "[B, S, d]", "[N, d]")
+    _checks.writable(h)
+    rows = _checks.positions(positions, h)
+    source = _checks.source(source, rows.shape[0], h)
+    wants_grad = torch.is_grad_enabled() and (h.requires_grad or source.requires_grad)
+    tokens = None if wants_grad else _flat(h)
+    if tokens is None:
+        return h.index_put_((rows,) if h.dim() == 2 else (rows // h.shape[1], rows % h.shape[1]), source)
+    _op(tokens, rows, source)
+    torch.autograd.graph.increment_version(h)
+    return h
+
+
+def _flat(h):
+    """h [B, S, d] as tokens [N, d] that share its memory, d contiguous; None where there is no such view."""
+    if h.shape[-1] > 1 and h.stride(-1) != 1:
+        return None
+    if h.dim() == 2:
+        return h
+    if h.shape[0] > 1 and h.shape[1] > 1 and h.stride(0) != h.shape[1] * h.stride(1):
+        return None
+    return h.view(-1, h.shape[-1])
