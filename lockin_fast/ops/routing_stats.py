@@ -84,7 +84,10 @@ def _miller_madow(counts):
 
 
 def reference(logits, classes, mask, num_classes, top_k, sigmoid):
-    """Plain torch over tiles of tokens, probabilities in fp32, sums in fp64. The lower expert wins a tie."""
+    """Plain torch over tiles of tokens, probabilities in fp32, sums in fp64.
+
+    The lower expert wins a tie, and NaN ranks as Inf.
+    """
     tokens, experts = logits.shape
     work = torch.promote_types(logits.dtype, torch.float32)
     keep = mask if mask is not None else torch.ones(tokens, dtype=torch.bool, device=logits.device)
@@ -96,13 +99,13 @@ def reference(logits, classes, mask, num_classes, top_k, sigmoid):
     for start in range(0, tokens, rows):
         part = slice(start, start + rows)
         x, kept = logits[part].to(work), keep[part, None]
-        if sigmoid:
-            x = torch.nn.functional.logsigmoid(x)  # sigmoid(x) / sum sigmoid(x) is the softmax of this
-        log_p = torch.log_softmax(x, 1)
+        rank = x.masked_fill(x.isnan(), torch.inf)
+        chosen = torch.sort(rank, dim=1, descending=True, stable=True).indices[:, :top_k]
+        # sigmoid(x) / sum sigmoid(x) is the softmax of log sigmoid(x)
+        log_p = torch.log_softmax(torch.nn.functional.logsigmoid(x) if sigmoid else x, 1)
         p = log_p.exp()
         probability += torch.where(kept, p, 0.0).sum(0, dtype=torch.float64)
         entropy -= torch.where(kept & (p != 0), p * log_p, 0.0).sum(dtype=torch.float64)
-        chosen = torch.sort(x, dim=1, descending=True, stable=True).indices[:, :top_k]
         label = torch.full_like(keep[part], num_classes, dtype=torch.int64)
         if classes is not None:
             given = classes[part]

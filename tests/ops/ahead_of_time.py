@@ -15,7 +15,8 @@ SHARED_KB = {80: 163, 90: 227, 100: 227, 120: 99}
 TENSOR_CORES = {80: "mma.sync", 90: "mma.sync|wgmma.mma_async", 100: "mma.sync|tcgen05.mma", 120: "mma.sync"}
 POINTERS = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
-    torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8", torch.int8: "*i8", torch.bool: "*i1",
+    torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.uint8: "*u8", torch.int8: "*i8",
+    torch.bool: "*i1",
 }  # fmt: skip
 
 

@@ -44,9 +44,10 @@ nested = pytest.mark.skipif(any(name in os.environ for name in OWN), reason="thi
 @needs_compiled
 def test_the_compiled_part_serves_the_narrow_ops():
     narrow = dict.fromkeys(("block_penalty", "encode_latents", "latent_backward", "latent_backward_"), "cpu")
-    assert served(LOCKIN_FAST_CPU_ISA="baseline") == narrow | {"encode_topk": "reference", "latent_stats": "reference"}
+    full_width = ("encode_topk", "latent_stats")
+    assert served(LOCKIN_FAST_CPU_ISA="baseline").items() >= (narrow | dict.fromkeys(full_width, "reference")).items()
     wide = "cpu" if "avx512" in import_module("lockin_fast._native").cpu_features() else "reference"
-    assert served(LOCKIN_FAST_CPU_ISA="") == narrow | {"encode_topk": "reference", "latent_stats": wide}
+    assert served(LOCKIN_FAST_CPU_ISA="").items() >= (narrow | {"encode_topk": "reference", "latent_stats": wide}).items()
     assert served(LOCKIN_FAST_BACKEND="cpu", TRITON_INTERPRET="1") == served()
 
 

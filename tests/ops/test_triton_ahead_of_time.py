@@ -32,6 +32,14 @@ LAUNCHES = {
     "latent_backward in place": lambda m, x: m.latent_backward_(x.grad, x.coefficient, x.scale, x.weight),
     "latent_stats difference": lambda m, x: m.latent_stats(x.h, x.weight, x.bias, x.h_ref, x.threshold, x.mask),
     "latent_stats one stream": lambda m, x: m.latent_stats(x.h, x.weight, x.bias, None, None, None),
+    "patch": lambda m, x: m.patch_(x.h, x.of(x.T, dtype=torch.int64), x.h_ref),
+    "patch_diff": lambda m, x: m.patch_diff(
+        x.h, x.of(x.T, dtype=torch.int64), x.h_ref, x.weight, x.bias, x.threshold
+    ),
+    "routing_stats": lambda m, x: m.routing_stats(x.of(x.T, 64), x.of(x.T, dtype=torch.int64), x.mask, 5, 8, True),
+    "steer": lambda m, x: m.steer_(
+        x.h.view(64, -1, x.d), x.weight, x.of(64, dtype=torch.int64), x.of(64, dtype=torch.float32)
+    ),
 }
 
 
