@@ -1,7 +1,8 @@
 """Which kernel serves which op on which device, why, and what fell back.
 
 Every op has a reference in plain torch, registered as the dispatcher's default kernel. Faster kernels are registered
-over it, per device, when the ops are first imported: the compiled CPU part from its shared object, Triton from Python.
+over it, per device, when the ops are first imported: the compiled CPU and CUDA parts from their shared objects, Triton
+from Python. On a GPU an op is served by the backend that measured faster there, and by Triton until one did.
 The environment is read then, once; a call costs no look-up beyond torch's own dispatcher.
 """
 
@@ -14,10 +15,11 @@ from pathlib import Path
 
 import torch
 
-from lockin_fast.kernels import Refused
+from lockin_fast.kernels import Refused, gpu
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 CPU_PART = Path(__file__).parent / "_build" / "liblockin_fast_cpu.so"
+CUDA_PART = CPU_PART.with_name("liblockin_fast_cuda.so")
 TRITON_KERNELS = Path(__file__).parent / "kernels" / "triton"
 
 FORCED = os.environ.get("LOCKIN_FAST_BACKEND", "")
@@ -49,6 +51,7 @@ class BackendReport(list):
             lines.append(f"{row.op:<18}{row.device:<8}{row.backend:<11}{row.why}")
             for reason, calls in row.fallbacks.items():
                 lines.append(f"{'':<37}{calls} calls fell back to the reference: {reason}")
+        lines += [f"never run on a GPU, in {name}: {', '.join(ops)}" for name, ops in never_run_on_gpu().items()]
         return "\n".join(lines)
 
 
@@ -57,6 +60,7 @@ def backends():
 
     Returns a `BackendReport`: a list of `OpBackend(op, device, backend, why, fallbacks)`, printable as a table. A
     fallback is a call that a fast kernel could not take; it ran on the reference and is counted here with its reason.
+    Below the table stand the GPU kernels that have never run on a GPU, by the files of benchmarks/results.
     """
     import_module("lockin_fast.ops")
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -88,6 +92,11 @@ def _file(op):
     return _references[op].__module__.rpartition(".")[2]
 
 
+def never_run_on_gpu():
+    """{backend: ops} of the GPU kernels that no file of benchmarks/results has seen on a GPU."""
+    return gpu.never_run(triton_ops())
+
+
 def detour(op, device, which):
     """Let the report say which calls of `op` leave for stock torch before the dispatcher sees them."""
     _detours[op, device] = which
@@ -99,15 +108,7 @@ def activate():
     if forced not in ("", *BACKENDS):
         raise ValueError(f"LOCKIN_FAST_BACKEND is {forced!r}; expected one of {', '.join(BACKENDS)}, or unset")
     interpreting = os.environ.get("TRITON_INTERPRET", "") not in ("", "0")
-    cpu_missing, triton_missing = _load_cpu_part(forced, interpreting), _triton_missing()
-    if forced == "reference":
-        _serve(_references, "cpu", "reference", "LOCKIN_FAST_BACKEND=reference")
-        _serve(_references, "cuda", "reference", "LOCKIN_FAST_BACKEND=reference")
-        return
-    if forced == "cuda":
-        raise RuntimeError("LOCKIN_FAST_BACKEND=cuda, but this build has no CUDA C++ part; unset it, or use triton")
-    if forced == "cpu" and cpu_missing:
-        raise RuntimeError(f"LOCKIN_FAST_BACKEND=cpu, but {cpu_missing}")
+    triton_missing = _triton_missing()
     if forced == "triton":
         if triton_missing:
             raise RuntimeError(f"LOCKIN_FAST_BACKEND=triton, but {triton_missing}")
@@ -116,23 +117,55 @@ def activate():
                 "LOCKIN_FAST_BACKEND=triton, but there is no CUDA device; "
                 "set TRITON_INTERPRET=1 to interpret on the CPU"
             )
-    why = f"LOCKIN_FAST_BACKEND={forced}" if forced else None
+    _activate_cuda(forced, triton_missing)
+    _activate_cpu(forced, triton_missing, interpreting)
 
-    if not triton_missing and forced != "cpu":
-        _register_triton("cuda", why or "triton is installed")
-    elif not triton_missing:
-        _serve(_references, "cuda", "reference", why)
+
+def _activate_cuda(forced, triton_missing):
+    if forced in ("reference", "cpu"):
+        _serve(_references, "cuda", "reference", f"LOCKIN_FAST_BACKEND={forced}")
+        return
+    triton = [] if triton_missing else triton_ops()
+    measured = gpu.defaults()
+    if forced:
+        compiled = gpu.CUDA_OPS if forced == "cuda" else ()
     else:
-        _serve(_references, "cuda", "reference", triton_missing)
+        compiled = [op for op in gpu.CUDA_OPS if op not in triton or measured.get(op, ("",))[0] == "cuda"]
+    cuda_missing = _load_cuda_part(compiled) if compiled or forced == "cuda" else None
+    if forced == "cuda" and cuda_missing:
+        raise RuntimeError(f"LOCKIN_FAST_BACKEND=cuda, but {cuda_missing}")
+    served = {op: "triton" for op in triton} | {op: "cuda" for op in compiled if not cuda_missing}
+    _register_triton("cuda", [op for op, backend in served.items() if backend == "triton"])
+    for op in _references:
+        backend = served.get(op, "reference")
+        faster, file = measured.get(op, (None, None))
+        if forced:
+            why = f"LOCKIN_FAST_BACKEND={forced}" + ("" if backend == forced else ", which has no kernel for it")
+        elif faster == backend:
+            why = f"measured faster on a GPU ({file})"
+        elif faster:
+            why = f"{faster} measured faster ({file}), but {cuda_missing if faster == 'cuda' else triton_missing}"
+        elif backend == "triton":
+            why = "triton is installed, and no measurement prefers another"
+        else:
+            why = "; ".join(filter(None, (triton_missing or "no triton kernel", cuda_missing)))
+        _serve([op], "cuda", backend, why)
 
+
+def _activate_cpu(forced, triton_missing, interpreting):
+    cpu_missing = _load_cpu_part(forced, interpreting)
+    if forced == "cpu" and cpu_missing:
+        raise RuntimeError(f"LOCKIN_FAST_BACKEND=cpu, but {cpu_missing}")
+    why = f"LOCKIN_FAST_BACKEND={forced}" if forced else None
     if not cpu_missing:
         # Depending on the processor, the compiled part leaves to stock torch what is as fast there.
         compiled = [op for op in _references if _has_cpu_kernel(op)]
         _serve(compiled, "cpu", "cpu", why or "compiled part loaded")
         stock = "stock torch matrix products over tiles are as fast"
         _serve([op for op in _references if op not in compiled], "cpu", "reference", stock)
-    elif interpreting and not triton_missing:
-        _register_triton("cpu", why or "TRITON_INTERPRET=1")
+    elif interpreting and not triton_missing and forced in ("", "triton"):
+        _register_triton("cpu", triton_ops())
+        _serve(triton_ops(), "cpu", "triton", why or "TRITON_INTERPRET=1")
     else:
         _serve(_references, "cpu", "reference", cpu_missing)
 
@@ -156,6 +189,27 @@ def _load_cpu_part(forced, interpreting):
     return None
 
 
+def _load_cuda_part(ops):
+    """Load the CUDA kernels of these ops and no others; the reason as text when they are not to be had.
+
+    The library registers what LOCKIN_FAST_CUDA_OPS names while it loads.
+    """
+    if not torch.version.cuda:
+        return "this torch is not built for CUDA"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if not CUDA_PART.exists():
+        return "the CUDA part is missing: build it with nvcc on the PATH, `LOCKIN_FAST_CUDA=1 pip install -e .`"
+    os.environ["LOCKIN_FAST_CUDA_OPS"] = ",".join(ops)
+    try:
+        torch.ops.load_library(str(CUDA_PART))
+    except OSError as error:
+        return f"the CUDA part does not load: {error}"
+    finally:
+        del os.environ["LOCKIN_FAST_CUDA_OPS"]
+    return None
+
+
 def _has_cpu_kernel(op):
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"lockin_fast::{op}", "CPU")
 
@@ -168,11 +222,9 @@ def _triton_missing():
     return None if found else "triton is not installed: pip install lockin_fast[triton]"
 
 
-def _register_triton(device, why):
-    ops = triton_ops()
+def _register_triton(device, ops):
     for op in ops:
         _library.impl(op, _triton_kernel(op, device), device.upper())
-    _serve(ops, device, "triton", why)
 
 
 def _triton_kernel(op, device):

@@ -1,8 +1,8 @@
 """What runs where on this machine, and why."""
 
-import csv
 import os
 import platform
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 
 import lockin_fast
+from lockin_fast import dispatch
+from lockin_fast.kernels import gpu
 
 EXTRAS = {
     "train": ("transformers", "peft", "accelerate"),
@@ -19,8 +21,6 @@ EXTRAS = {
     "triton": ("triton",),
 }
 MODULES = {"pyyaml": "yaml"}
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-OP_COLUMNS, GPU_COLUMNS = ("op", "kernel"), ("gpu", "device")
 
 
 class Finding(NamedTuple):
@@ -99,23 +99,31 @@ def _gpu() -> list[Finding]:
 
 
 def _measured() -> list[str]:
-    """What has run on a GPU, by the rows of benchmarks/results/gpu*.csv: a line per GPU, commit and file."""
-    lines = []
-    for file in sorted(RESULTS.glob("gpu*.csv")):
-        seen: dict[tuple[str, str], set[str]] = {}
-        with open(file, newline="", encoding="utf-8") as stream:
-            for row in csv.DictReader(stream):
-                op, gpu = (next((row[key] for key in keys if row.get(key)), "") for keys in (OP_COLUMNS, GPU_COLUMNS))
-                if op and gpu:
-                    seen.setdefault((gpu, row.get("commit") or "unknown"), set()).add(op)
-        lines += [
-            f"{', '.join(sorted(ops))} on {gpu} at commit {commit} (benchmarks/results/{file.name})"
-            for (gpu, commit), ops in seen.items()
-        ]
-    return lines or [
-        "no kernel of this project has ever run on a GPU, by benchmarks/results; the tests run the Triton kernels in "
-        "its interpreter and compile them ahead of time"
+    """What has run on a GPU and what never has, by the rows of benchmarks/results/gpu*.csv."""
+    if not gpu.RESULTS.is_dir():
+        return ["what has run on a GPU is in benchmarks/results, which comes with the source and is not installed here"]
+    seen: dict[tuple[str, str, str], set[str]] = {}
+    for run in gpu.runs():
+        seen.setdefault((run.gpu, run.commit, run.file), set()).add(f"{run.op} ({run.backend})")
+    ran = [
+        f"{', '.join(sorted(kernels))} on {name} at commit {commit} (benchmarks/results/{file})"
+        for (name, commit, file), kernels in seen.items()
     ]
+    never = [f"never run on a GPU, in {name}: {', '.join(ops)}" for name, ops in _never_run().items()]
+    if not ran:
+        ran = [
+            "no kernel of this project has ever run on a GPU, by benchmarks/results; the tests run the Triton kernels "
+            "in its interpreter and compile them, and those in CUDA C++, ahead of time"
+        ]
+    return ran + never
+
+
+def _never_run() -> dict[str, list[str]]:
+    try:
+        import_module("lockin_fast.ops")
+    except (RuntimeError, ValueError):  # reported under the heading of the ops
+        return {}
+    return dispatch.never_run_on_gpu()
 
 
 def _extras() -> list[Finding]:

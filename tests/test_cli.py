@@ -217,8 +217,9 @@ def test_the_demo_runs_its_steps_in_one_run_directory(command, tmp_path, monkeyp
 
 def test_doctor_names_every_op_and_is_honest_about_gpus(command, monkeypatch, tmp_path):
     import lockin_fast
+    from lockin_fast.kernels import gpu
 
-    monkeypatch.setattr(doctor, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
     (tmp_path / "block_penalty.csv").write_text("op,device,commit\nblock_penalty,cpu,abc\n")
     (tmp_path / "gpu_of_another_kind.csv").write_text("price\n3\n")
     status, out, err = command("doctor")
@@ -226,11 +227,16 @@ def test_doctor_names_every_op_and_is_honest_about_gpus(command, monkeypatch, tm
     for row in lockin_fast.backends():
         assert f"{row.op} on {row.device}" in out and row.why in out
     assert "no kernel of this project has ever run on a GPU" in out and torch.__version__ in out
-    rows = ["op,provider,gpu,commit", *(f"{op},triton,NVIDIA H100,abc" for op in ("latent_stats", "block_penalty"))]
+    never = "never run on a GPU, in triton: .*({})(,|$)"
+    assert re.search(never.format("block_penalty"), out, flags=re.MULTILINE)
+    rows = ["op,backend,gpu,commit", *(f"{op},triton,NVIDIA H100,abc" for op in ("latent_stats", "block_penalty"))]
     (tmp_path / "gpu_suite.csv").write_text("\n".join([*rows, rows[-1], "encode_latents,triton,,abc"]))
     out = command("doctor")[1]
-    assert "block_penalty, latent_stats on NVIDIA H100 at commit abc (benchmarks/results/gpu_suite.csv)" in out
-    assert "ever run on a GPU" not in out
+    line = "block_penalty (triton), latent_stats (triton) on NVIDIA H100 at commit abc"
+    assert f"{line} (benchmarks/results/gpu_suite.csv)" in out
+    assert "ever run on a GPU, by" not in out
+    assert not re.search(never.format("block_penalty|latent_stats"), out, flags=re.MULTILINE)
+    assert re.search(never.format("encode_latents"), out, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize(

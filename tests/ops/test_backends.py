@@ -1,5 +1,6 @@
 """Which kernel serves what, that it can be forced, and that every backend passes the tests of the ops."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 
 import lockin_fast
 from lockin_fast import dispatch
+from lockin_fast.kernels import gpu
 
 HERE = Path(__file__).parent
 OPS = Path(lockin_fast.__file__).parent / "ops"
@@ -66,7 +68,11 @@ def test_the_interpreter_serves_every_op():
     ("backend", "error"),
     [
         ("fastest", "LOCKIN_FAST_BACKEND is 'fastest'; expected one of reference, cpu, triton, cuda"),
-        ("cuda", "LOCKIN_FAST_BACKEND=cuda, but this build has no CUDA C++ part"),
+        pytest.param(
+            "cuda",
+            "LOCKIN_FAST_BACKEND=cuda, but this torch is not built for CUDA",
+            marks=pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built for CUDA"),
+        ),
     ],
 )
 def test_an_unavailable_backend_raises(backend, error):
@@ -133,6 +139,106 @@ print(len(taken), row.backend, "weights over 16 MB go to stock torch" in row.why
 def test_a_wide_encode_goes_to_stock_torch_and_says_so_unless_a_backend_is_forced(backend, taken):
     run = python(WIDE_ENCODE, LOCKIN_FAST_BACKEND=backend)
     assert run.stdout.strip() == taken, run.stderr
+
+
+# A process that takes itself for one on a GPU machine. Loading and registering the CUDA part needs no GPU.
+PRETEND = """
+import json, os, sys, torch
+from pathlib import Path
+from lockin_fast import dispatch
+from lockin_fast.kernels import gpu
+torch.version.cuda, torch.cuda.is_available = "13.0", lambda: True
+gpu.DEFAULTS = Path(os.environ["DEFAULTS"])
+if part := os.environ.get("PART"):
+    dispatch.CUDA_PART = Path(part)
+import lockin_fast
+rows = {r.op: r for r in lockin_fast.backends() if r.device == "cuda"}
+registered = [op for op in rows if torch._C._dispatch_has_kernel_for_dispatch_key("lockin_fast::" + op, "CUDA")]
+print(json.dumps({"rows": {op: [r.backend, r.why] for op, r in rows.items()}, "registered": registered}))
+"""
+needs_cuda_part = pytest.mark.skipif(
+    not (dispatch.CUDA_PART.exists() and gpu.CUDA_OPS), reason="the CUDA part is not built: nvcc is absent"
+)
+
+
+def on_a_gpu_machine(tmp_path, measured=None, **changes):
+    """op -> (backend, why) on the device cuda, where `measured` is what gpu_defaults.json holds."""
+    defaults = tmp_path / "gpu_defaults.json"
+    defaults.write_text(json.dumps(measured or {}))
+    run = python(PRETEND, DEFAULTS=str(defaults), **changes)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert set(found["registered"]) == {op for op, (backend, _) in found["rows"].items() if backend != "reference"}
+    return found["rows"]
+
+
+def test_a_gpu_is_served_by_triton_until_measured(tmp_path):
+    triton = [] if dispatch._triton_missing() else dispatch.triton_ops()
+    for op, (backend, why) in on_a_gpu_machine(tmp_path).items():
+        if op in triton:
+            assert (backend, why) == ("triton", "triton is installed, and no measurement prefers another")
+        elif op not in gpu.CUDA_OPS:
+            assert backend == "reference"
+
+
+@needs_triton
+@needs_cuda_part
+def test_a_gpu_is_served_by_what_measured_faster(tmp_path):
+    cuda, triton = gpu.CUDA_OPS[0], "encode_latents"
+    measured = {
+        cuda: {"backend": "cuda", "measured": "gpu_a.csv"},
+        triton: {"backend": "triton", "measured": "gpu_b.csv"},
+    }
+    rows = on_a_gpu_machine(tmp_path, measured)
+    assert rows[cuda] == ["cuda", "measured faster on a GPU (gpu_a.csv)"]
+    assert rows[triton] == ["triton", "measured faster on a GPU (gpu_b.csv)"]
+    assert {rows[op][0] for op in dispatch.triton_ops() if op != cuda} == {"triton"}
+
+    rows = on_a_gpu_machine(tmp_path, measured, PART="nowhere.so")
+    assert rows[cuda][0] == ("triton" if cuda in dispatch.triton_ops() else "reference")
+    assert rows[cuda][1].startswith("cuda measured faster (gpu_a.csv), but the CUDA part is missing")
+
+    rows = on_a_gpu_machine(tmp_path, measured, LOCKIN_FAST_BACKEND="triton")
+    assert rows[triton] == ["triton", "LOCKIN_FAST_BACKEND=triton"]
+    assert not any(backend == "cuda" for backend, _ in rows.values())
+
+
+@needs_cuda_part
+def test_cuda_can_be_forced_and_says_which_ops_have_no_kernel(tmp_path):
+    rows = on_a_gpu_machine(tmp_path, LOCKIN_FAST_BACKEND="cuda")
+    assert {op: row for op, row in rows.items() if op in gpu.CUDA_OPS} == {
+        op: ["cuda", "LOCKIN_FAST_BACKEND=cuda"] for op in gpu.CUDA_OPS
+    }
+    assert rows["encode_latents"][1] == "LOCKIN_FAST_BACKEND=cuda, which has no kernel for it"
+    assert {backend for backend, _ in on_a_gpu_machine(tmp_path, LOCKIN_FAST_BACKEND="cpu").values()} == {"reference"}
+
+
+def test_forcing_cuda_where_it_is_missing_raises(tmp_path):
+    code = "import torch; torch.version.cuda, torch.cuda.is_available = '13.0', lambda: {device}\n"
+    code += "from pathlib import Path\nfrom lockin_fast import dispatch\ndispatch.CUDA_PART = Path('nowhere.so')\n"
+    for device, error in ((False, "there is no CUDA device"), (True, "the CUDA part is missing: build it with nvcc")):
+        run = python(code.format(device=device) + "import lockin_fast.ops", LOCKIN_FAST_BACKEND="cuda")
+        assert run.returncode != 0 and f"LOCKIN_FAST_BACKEND=cuda, but {error}" in run.stderr
+
+
+def test_the_report_names_the_kernels_that_never_ran_on_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu, "CUDA_OPS", ("patch_", "steer_"))
+    never = {"triton": dispatch.triton_ops(), "cuda": list(gpu.CUDA_OPS)}
+    assert dispatch.never_run_on_gpu() == never
+    assert f"never run on a GPU, in cuda: {', '.join(gpu.CUDA_OPS)}" in str(lockin_fast.backends())
+    rows = [f"{op},cuda,H100,1.0,abc" for op in gpu.CUDA_OPS] + ["encode_latents,triton,H100,1.0,abc"]
+    (tmp_path / "gpu_h100.csv").write_text("\n".join(["op,backend,gpu,median_ms,commit", *rows]))
+    never["triton"].remove("encode_latents")
+    assert dispatch.never_run_on_gpu() == {"triton": never["triton"]}
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "nowhere")
+    assert dispatch.never_run_on_gpu() == {}
+
+
+def test_the_measured_defaults_name_known_ops_and_files():
+    for op, (backend, file) in gpu.defaults().items():
+        assert op in dispatch._references and backend in ("triton", "cuda")
+        assert (gpu.RESULTS / file).exists(), f"{op}: {file}"
 
 
 def test_the_report_covers_every_op_here():
