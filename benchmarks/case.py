@@ -1,7 +1,7 @@
 """What a benchmark file offers: cases, each a problem with several ways to solve it.
 
     def cases():
-        yield Case("row label", {"T": 4096, "d": 4096}, work)
+        yield Case("row label", {"T": 4096, "d": 4096}, work, ("block_penalty",))
 
 `work()` builds the tensors and returns `Work`. It is called with torch's default device set (CPU, or a GPU), so tensors
 are made by plain `torch.randn(...)` after `torch.manual_seed(...)`, without generators of a fixed device. What does not
@@ -32,10 +32,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Case:
-    """A labelled problem of some shape; rounds and allocators may be fewer for what takes seconds."""
+    """A labelled problem of some shape; rounds and allocators may be fewer for what takes seconds.
+
+    ops: whose speed the time of ours tells, by their names in torch.ops.lockin_fast.
+    """
 
     label: str
     shape: Mapping[str, object]
     work: Callable[[], Work]
+    ops: tuple[str, ...]
     rounds: int = 25
     allocators: tuple[str, ...] = ("default", "retained")

@@ -5,6 +5,7 @@ from functools import partial
 import torch
 
 import lockin_fast
+from benchmarks import peers
 from benchmarks.case import Case, Work
 
 TOKENS, WIDTH, LATENTS = 2048, 4096, 65536
@@ -24,8 +25,7 @@ def encode_everything(h, h_ref, weight, bias):
 
 def work(dtype, streams):
     torch.manual_seed(0)
-    h, *others = (torch.randn(TOKENS, WIDTH).to(dtype) for _ in range(streams))
-    h_ref = others[0] if others else None
+    h, h_ref = (*(torch.randn(TOKENS, WIDTH).to(dtype) for _ in range(streams)), None)[:2]
     weight = torch.randn(LATENTS, WIDTH).div_(WIDTH**0.5).to(dtype)
     bias = torch.full((LATENTS,), -2.0).to(dtype)
     out = torch.empty(TOKENS, LATENTS, dtype=dtype)
@@ -34,11 +34,16 @@ def work(dtype, streams):
         for _ in range(streams):
             torch.mm(h, weight.t(), out=out)
 
+    def encoded_by(encode):
+        return lambda: reduced((encode(h) if h_ref is None else encode(h) - encode(h_ref)).float())
+
+    others = {name: encoded_by(encode) for name, encode in peers.sae_encoders(weight, bias).items()}
     return Work(
         {
             "bare product": product,
             "encode everything": partial(encode_everything, h, h_ref, weight, bias),
             "torch.compile": partial(torch.compile(encode_everything), h, h_ref, weight, bias),
+            **others,
             "latent_stats": partial(lockin_fast.latent_stats, h, weight, bias, h_ref=h_ref),
         },
         ours=("latent_stats",),
@@ -53,4 +58,4 @@ def cases():
         for streams, label in ((1, "one stream"), (2, "difference of two streams")):
             shape = {"T": TOKENS, "d": WIDTH, "F": LATENTS, "dtype": dtype}
             name = f"{label}, {str(dtype)[6:]}"
-            yield Case(name, shape, partial(work, dtype, streams), rounds=3, allocators=("default",))
+            yield Case(name, shape, partial(work, dtype, streams), ("latent_stats",), 3, ("default",))

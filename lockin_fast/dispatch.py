@@ -85,10 +85,11 @@ def define(name, schema, reference, fake):
 
 def triton_ops():
     """The ops that have a Triton kernel: a file named like the op's own, which launches it under the op's name."""
-    return [op for op in _references if (TRITON_KERNELS / f"{_file(op)}.py").exists()]
+    return [op for op in _references if (TRITON_KERNELS / f"{file_of(op)}.py").exists()]
 
 
-def _file(op):
+def file_of(op):
+    """The name of the file under ops/ that defines `op`; its kernels and tests go by the same name."""
     return _references[op].__module__.rpartition(".")[2]
 
 
@@ -234,7 +235,7 @@ def _triton_kernel(op, device):
     def kernel(*args):
         nonlocal launch
         if launch is None:
-            launch = getattr(import_module(f"lockin_fast.kernels.triton.{_file(op)}"), op)
+            launch = getattr(import_module(f"lockin_fast.kernels.triton.{file_of(op)}"), op)
         try:
             if device == "cpu":
                 return launch(*args)

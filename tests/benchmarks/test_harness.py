@@ -11,6 +11,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+import lockin_fast  # noqa: E402
 from benchmarks import measure, run, verify  # noqa: E402
 from benchmarks.case import Case, Work  # noqa: E402
 
@@ -25,7 +26,7 @@ def made_case(**changes):
         }
         return Work(providers, ours=("ours",), bytes=10**6, **({"without": "step alone"} | changes))
 
-    return Case("made", {"T": 1}, work, rounds=5)
+    return Case("made", {"T": 1}, work, ("block_penalty",), rounds=5)
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +82,7 @@ def test_every_benchmark_names_itself_and_its_cases():
     assert len(run.names()) >= 1
     for name in run.names():
         labels = [case.label for case in run.cases_of(name)]
+        assert all(set(case.ops) <= {row.op for row in lockin_fast.backends()} for case in run.cases_of(name)), name
         assert labels and len(set(labels)) == len(labels), name
         assert (run.import_module(f"benchmarks.{name}").__doc__ or "").strip(), name
         assert verify.tests_of(name), f"{name}: a benchmark without tests"
