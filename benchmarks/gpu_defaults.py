@@ -1,8 +1,8 @@
 """python -m benchmarks.gpu_defaults: which backend serves an op on a GPU, from what was measured on one.
 
-Reads results/gpu_benchmarks.csv and gpu_tests.csv and writes lockin_fast/kernels/gpu_defaults.json, which dispatch reads:
-op -> {"backend", "measured"}. An op is there when more than one backend was measured on it and passed its tests; the one
-with the smaller geometric mean of medians over the cases both ran wins.
+Reads results/gpu_benchmarks.csv and gpu_tests.csv and writes lockin_fast/kernels/gpu_defaults.json, which dispatch
+reads: op -> {"backend", "measured"}. An op is there when more than one backend was measured on it and passed its tests;
+the one with the smaller geometric mean of medians over the cases both ran wins.
 """
 
 import csv

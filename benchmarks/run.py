@@ -105,7 +105,13 @@ def run(name, options):
             rows = in_subprocess(name, index, allocator, options)
             show(rows)
             backend = os.environ.get("LOCKIN_FAST_BACKEND", "")
-            facts = {"op": " ".join(case.ops), "case": case.label, "shape": shape, "device": options.device, "backend": backend}
+            facts = {
+                "op": " ".join(case.ops),
+                "case": case.label,
+                "shape": shape,
+                "device": options.device,
+                "backend": backend,
+            }
             results += [{**facts, "allocator": allocator, **row} for row in rows]
     if results and not options.case:
         print(f" written to {write_csv(f'{options.prefix}{name}', results)}")

@@ -50,7 +50,10 @@ def test_the_faster_backend_over_the_shared_cases_is_chosen(results):
 
 
 def test_a_backend_whose_tests_failed_is_not_chosen(results):
-    rows = [{"op": "patch_", "backend": "cuda", "tests": "failed"}, {"op": "steer_", "backend": "cuda", "tests": "passed"}]
+    rows = [
+        {"op": "patch_", "backend": "cuda", "tests": "failed"},
+        {"op": "steer_", "backend": "cuda", "tests": "passed"},
+    ]
     write(results / "gpu_tests.csv", rows)
     assert set(gpu_defaults.compute(results)) == {"patch_nf4_", "steer_"}
 
