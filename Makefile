@@ -11,7 +11,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 SAY = @printf '\n==> %s\n'
 BUILD_INPUTS := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: setup help test slow report-test lint demo robustness bench clean
+.PHONY: setup help test slow report-test lint demo robustness bench bench-micro peers clean
 
 setup: $(VENV)/.built  ## the Python environment and the C++ kernels, in .venv
 
@@ -63,8 +63,20 @@ robustness: setup  ## SLOW, about 50 minutes: the demo on four organisms x three
 	done
 	@$(VENV)/bin/lockin-fast report demo-robustness/organism0 --beside demo-robustness/organism[123]
 
-bench: setup  ## benchmarks against what people run today
+bench: setup  ## SLOW, half an hour with nothing else running: every benchmark, then the tables of benchmarks/README.md
 	@$(PY) -m benchmarks.run
+	@$(PY) -m benchmarks.report
+
+bench-micro: setup  ## the overhead of single calls on small problems
+	@$(PY) -m pytest benchmarks/micro.py -q --benchmark-only --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name
+
+peers:  ## other libraries for comparison, in .venv-peers: .venv-peers/bin/python -m benchmarks.run
+	@test -d .venv-peers || $(PYTHON) -m venv .venv-peers
+	@.venv-peers/bin/pip install --quiet '$(TORCH)'
+	@echo '$(TORCH)' > .venv-peers/constraints
+	@.venv-peers/bin/pip install --quiet -c .venv-peers/constraints sae-lens dictionary-learning eai-sparsify bitsandbytes \
+		liger-kernel matplotlib pytest
+	@.venv-peers/bin/pip uninstall --quiet --yes torchvision  # its build does not fit the CPU build of torch
 
 clean:  ## take away what was built
 	rm -rf build $(VENV)/.built lockin_fast/_build lockin_fast/_native*.so

@@ -23,14 +23,14 @@ class Run(NamedTuple):
 
 
 def runs():
-    """Every measurement on a GPU that benchmarks/results holds; rows without an op or a GPU are passed over."""
+    """Every measurement on a GPU that benchmarks/results holds; a row without an op (or several) or a GPU is passed over."""
     found = []
     for file in sorted(RESULTS.glob("gpu*.csv")):
         with open(file, newline="", encoding="utf-8") as stream:
             for row in csv.DictReader(stream):
                 if row.get("op") and row.get("gpu"):
                     backend, commit = row.get("backend") or "unknown", row.get("commit") or "unknown"
-                    found.append(Run(row["op"], backend, row["gpu"], commit, file.name))
+                    found += [Run(op, backend, row["gpu"], commit, file.name) for op in row["op"].split()]
     return found
 
 

@@ -1,0 +1,125 @@
+"""python -m benchmarks.report: the tables of benchmarks/README.md and its figure, from the files in benchmarks/results.
+
+Nothing is measured here, and no number is typed in by hand: what stands between the page's two markers is replaced.
+"""
+
+import csv
+from pathlib import Path
+
+from benchmarks.run import names
+
+HERE = Path(__file__).parent
+RESULTS, PAGE, FIGURE = HERE / "results", HERE / "README.md", HERE / "results" / "ceilings.png"
+BEGIN, END = "<!-- tables: python -m benchmarks.report -->", "<!-- end of tables -->"
+
+
+def read(name):
+    """The rows of one results file, numbers as numbers; none when it was never measured."""
+    path = RESULTS / f"{name}.csv"
+    return (
+        [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(path.open())]
+        if path.exists()
+        else []
+    )
+
+
+def _number(text):
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def problems(rows):
+    """Rows of the same case and allocator together, in the order of the file."""
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["case"], row["allocator"]), []).append(row)
+    return groups
+
+
+def milliseconds(row):
+    """Median and quartiles in three digits."""
+    return f"{row['median_ms']:.3g} ({row['low_ms']:.3g}-{row['high_ms']:.3g})"
+
+
+def table(rows):
+    """A Markdown table: per case and allocator the best baseline, ours, and what the two mean."""
+    lines = [
+        "| case | allocator | best baseline, ms | ours, ms | ratio | of the ceiling | extra memory, ours / baseline |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (case, allocator), group in problems(rows).items():
+        baselines = [row for row in group if not row["ours"] and row["this_over_bare"] != 1.0]
+        best = min(baselines, key=lambda row: row["median_ms"])
+        for ours in (row for row in group if row["ours"]):
+            ratio = f"{ours['best_baseline_over_this']:.2f}x"
+            if ours["this_over_bare"] != "":
+                ratio += f"; {ours['this_over_bare']:.3f} of the bare product"
+            memory = "" if ours["extra_mb"] == "" else f"{ours['extra_mb']:.1f} / {best['extra_mb']:.1f} MB"
+            lines.append(
+                f"| {case}: `{ours['provider']}` | {allocator} | {best['provider']}: {milliseconds(best)} "
+                f"| {milliseconds(ours)} | {ratio} | {ours['of_ceiling']:.0%} | {memory} |"
+            )
+    return lines
+
+
+def tables():
+    """All tables, worst first: the benchmark whose worst ratio is smallest leads."""
+    measured = {name: rows for name in names() if (rows := read(name))}
+    worst = {
+        name: min(row["best_baseline_over_this"] for row in rows if row["ours"]) for name, rows in measured.items()
+    }
+    lines = []
+    for name in sorted(measured, key=worst.get):
+        row = measured[name][0]
+        where = f"{row['gpu'] or row['cpu']}, {row['threads']:.0f} threads, {row['isa']}, torch {row['torch']}"
+        lines += [f"### {name}", "", f"`results/{name}.csv`: {where}, commit {row['commit']}, {row['date'][:10]}.", ""]
+        lines += [*table(measured[name]), ""]
+    return lines
+
+
+def draw(path=FIGURE):
+    """Roofline of what multiplies, and for every case the fraction of its ceiling."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for name in names() for row in read(name) if row["ours"] and row["allocator"] == "default"]
+    rows.sort(key=lambda row: row["of_ceiling"])
+    figure, (roof, bars) = pyplot.subplots(1, 2, figsize=(13, max(4.5, 0.24 * len(rows))), width_ratios=(1, 1.1))
+    multiplying = [row for row in rows if row["gflop_per_s"] > 0]
+    copy = max(row["copy_gb_per_s"] for row in rows)
+    for dtype, color in (("bfloat16", "tab:blue"), ("float32", "tab:orange")):
+        of_dtype = [row for row in multiplying if dtype in row["shape"]]
+        if not of_dtype:
+            continue
+        peak = max(row["product_gflop_per_s"] for row in of_dtype)
+        grid = [10 ** (e / 20) for e in range(-20, 85)]
+        roof.plot(grid, [min(copy * x, peak) for x in grid], color=color, lw=1, label=f"{dtype}: copy and product")
+        intensity = [row["gflop_per_s"] / row["gb_per_s"] for row in of_dtype]
+        roof.scatter(intensity, [row["gflop_per_s"] for row in of_dtype], color=color, s=18, zorder=3)
+    roof.set(xscale="log", yscale="log", xlabel="FLOP per byte of least traffic", ylabel="GFLOP/s")
+    roof.set_title("Ours under the measured roofs", fontsize=10)
+    roof.legend(fontsize=8)
+    labels = [f"{row['provider']}: {row['case']}" for row in rows]
+    bars.barh(range(len(rows)), [100 * row["of_ceiling"] for row in rows], color="tab:blue", height=0.7)
+    bars.set_yticks(range(len(rows)), labels, fontsize=7)
+    bars.axvline(100, color="black", lw=0.8)
+    bars.set(xlabel="percent of the ceiling of the same run")
+    bars.set_title("The larger of copying the bytes and multiplying the FLOPs", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    return path
+
+
+def main():
+    text = PAGE.read_text()
+    head, rest = text.split(BEGIN)
+    PAGE.write_text("\n".join([head + BEGIN, "", *tables()]) + END + rest.split(END)[1])
+    print(f"written to {PAGE} and {draw()}")
+
+
+if __name__ == "__main__":
+    main()
