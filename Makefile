@@ -11,7 +11,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 SAY = @printf '\n==> %s\n'
 BUILD_INPUTS := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: setup help test slow report-test lint demo robustness bench bench-micro peers clean
+.PHONY: setup help test slow report-test lint demo robustness mutations bench bench-micro peers clean
 
 setup: $(VENV)/.built  ## the Python environment and the C++ kernels, in .venv
 
@@ -45,6 +45,9 @@ test: setup  ## the everyday tests, a few minutes
 
 slow: setup  ## SLOW: the tests that the everyday run leaves out
 	@$(PY) -m pytest -m slow -rs
+
+mutations: setup  ## SLOW: breaks every kernel in several ways and shows that the tests notice
+	@$(PY) tests/mutate.py
 
 report-test: setup  ## the HTML report in headless Chromium
 	@$(PY) -m pytest -m browser -rs

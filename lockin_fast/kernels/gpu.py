@@ -23,7 +23,7 @@ class Run(NamedTuple):
 
 
 def runs():
-    """Every measurement on a GPU that benchmarks/results holds; a row without an op (or several) or a GPU is passed over."""
+    """Every measurement on a GPU in benchmarks/results; a row names one op or several, and without a GPU is none."""
     found = []
     for file in sorted(RESULTS.glob("gpu*.csv")):
         with open(file, newline="", encoding="utf-8") as stream:

@@ -1,0 +1,122 @@
+"""python tests/mutate.py [TEXT ...]: break each kernel on purpose and show that its tests notice. make mutations
+
+A mutation is a kernel's file, what to replace, and by what: the mask dropped, a sign turned, a latent off by one.
+Each is applied to a copy of this tree, which is rebuilt where the file is C++, and the op's tests are run there; they
+have to fail. A mutation that survives is a hole in the tests and makes the exit status non-zero. A text to replace
+that is not there exactly once is an error, so that the list cannot go stale.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from mutations import MUTATIONS
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = (
+    "benchmarks", "csrc", "lockin_fast", "tests", "setup.py", "CMakeLists.txt", "pyproject.toml", "README.md",
+    "LICENSE", "MANIFEST.in",
+)  # fmt: skip
+
+
+class Mutation(NamedTuple):
+    """One fault: in `file`, the text `old`, found exactly once, becomes `new`; `tests` (`selection`) have to notice."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+    selection: str = ""
+
+    @property
+    def name(self):
+        return f"{self.file}: {' '.join(self.old.split())} -> {' '.join(self.new.split()) or 'nothing'}"
+
+
+def copy_tree(target):
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"), symlinks=True)
+        else:
+            shutil.copy(source, target / name)
+
+
+def environment(tree, mutation):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("LOCKIN_FAST_") and k != "TRITON_INTERPRET"}
+    kept |= {
+        "PYTHONPATH": str(tree),
+        "LOCKIN_FAST_CUDA": "0",
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    return kept | ({"TRITON_INTERPRET": "1"} if "/triton/" in mutation.file else {})
+
+
+def build(tree, mutation):
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tree, env=environment(tree, mutation), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{mutation.name}: does not compile, so it proves nothing\n{done.stderr[-2000:]}")
+
+
+def run_tests(tree, mutation):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutation.tests]
+    command += ["-k", mutation.selection] if mutation.selection else []
+    return subprocess.run(command, cwd=tree, env=environment(tree, mutation), capture_output=True, text=True)
+
+
+@cache
+def passes_unbroken(tree, tests, selection, interpreted):
+    """Whether the tests pass on the tree as it is; if not, their failing on a broken one would say nothing."""
+    done = run_tests(tree, Mutation("/triton/" if interpreted else "", "", "", tests, selection))
+    if done.returncode:
+        raise RuntimeError(f"{tests} -k {selection!r} does not pass on the unbroken tree\n{done.stdout[-2000:]}")
+    return True
+
+
+def noticed(tree, mutation):
+    """True when the tests fail on the mutated tree."""
+    file = tree / mutation.file
+    text = file.read_text()
+    if text.count(mutation.old) != 1:
+        raise ValueError(f"{mutation.name}: found {text.count(mutation.old)} times, expected once")
+    compiled = file.suffix != ".py" and "/cuda/" not in mutation.file
+    passes_unbroken(tree, mutation.tests, mutation.selection, "/triton/" in mutation.file)
+    try:
+        file.write_text(text.replace(mutation.old, mutation.new))
+        if compiled:
+            build(tree, mutation)
+        done = run_tests(tree, mutation)
+        return done.returncode == 1 and re.search(r"\d+ failed", done.stdout) is not None
+    finally:
+        file.write_text(text)
+        if compiled:
+            build(tree, mutation)
+
+
+def main(wanted):
+    chosen = [
+        m for m in (Mutation(*entry) for entry in MUTATIONS) if not wanted or any(text in m.name for text in wanted)
+    ]
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        copy_tree(tree)
+        build(tree, chosen[0])
+        for mutation in chosen:
+            caught = noticed(tree, mutation)
+            print(f"{'caught  ' if caught else 'SURVIVED'} {mutation.name}", flush=True)
+            survivors += [] if caught else [mutation.name]
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} faults were noticed")
+    sys.exit(bool(survivors))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
