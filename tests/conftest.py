@@ -1,6 +1,7 @@
 """Fixtures for the whole suite, and two switches that take parts of the package away for a run of it.
 
 LOCKIN_FAST_TEST_WITHOUT lists what this run pretends not to have: `compiled` (the shared object), `triton`.
+LOCKIN_FAST_TEST_EMULATED=library lets the CUDA kernels serve CPU tensors in this run, through tests/cuda/emulation.py.
 """
 
 import os
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 WITHOUT = os.environ.get("LOCKIN_FAST_TEST_WITHOUT", "").split(",")
+EMULATED = os.environ.get("LOCKIN_FAST_TEST_EMULATED")
 
 
 class _Blocked:
@@ -30,6 +32,11 @@ if "compiled" in WITHOUT:
     from lockin_fast import dispatch
 
     dispatch.CPU_PART = Path(__file__).parent / "there-is-no-compiled-part.so"
+if EMULATED:
+    sys.path.insert(0, str(Path(__file__).parent / "cuda"))
+    from emulation import load
+
+    load(EMULATED).serve()
 
 
 @pytest.fixture
