@@ -29,6 +29,10 @@ LOCKIN_FAST_LOCAL Vec zeros() { return {_mm512_setzero_ps()}; }
 LOCKIN_FAST_LOCAL Vec splat(float x) { return {_mm512_set1_ps(x)}; }
 LOCKIN_FAST_LOCAL Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 LOCKIN_FAST_LOCAL Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+LOCKIN_FAST_LOCAL Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+LOCKIN_FAST_LOCAL Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+// The larger; b where either is NaN.
+LOCKIN_FAST_LOCAL Vec maximum(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 // The four lane sums at once, by adding while transposing: a third of the shuffles of four separate sums.
 LOCKIN_FAST_LOCAL void store_sums(Vec a, Vec b, Vec c, Vec d, float* sums) {
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
@@ -78,6 +82,10 @@ LOCKIN_FAST_LOCAL Vec zeros() { return {_mm256_setzero_ps()}; }
 LOCKIN_FAST_LOCAL Vec splat(float x) { return {_mm256_set1_ps(x)}; }
 LOCKIN_FAST_LOCAL Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 LOCKIN_FAST_LOCAL Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+LOCKIN_FAST_LOCAL Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+LOCKIN_FAST_LOCAL Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+// The larger; b where either is NaN.
+LOCKIN_FAST_LOCAL Vec maximum(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 LOCKIN_FAST_LOCAL float sum(Vec a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
@@ -118,6 +126,10 @@ LOCKIN_FAST_LOCAL Vec zeros() { return {Vec::Native{0.0f, 0.0f, 0.0f, 0.0f}}; }
 LOCKIN_FAST_LOCAL Vec splat(float x) { return {Vec::Native{x, x, x, x}}; }
 LOCKIN_FAST_LOCAL Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 LOCKIN_FAST_LOCAL Vec add(Vec a, Vec b) { return {a.v + b.v}; }
+LOCKIN_FAST_LOCAL Vec sub(Vec a, Vec b) { return {a.v - b.v}; }
+LOCKIN_FAST_LOCAL Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
+// The larger; b where either is NaN.
+LOCKIN_FAST_LOCAL Vec maximum(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 LOCKIN_FAST_LOCAL float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 template <class T>
 LOCKIN_FAST_LOCAL Vec load(const T* p) {

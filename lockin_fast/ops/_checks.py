@@ -11,11 +11,16 @@ def tensor(name, value, expected):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor {expected}")
 
 
+def floating(name, value):
+    """Check that `value` is of a dtype that the kernels read."""
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name}: got {value.dtype}, expected float32, float16 or bfloat16; cast it first")
+
+
 def hidden(name, h, width):
     """`h` [..., d] as tokens [T, d] with unit stride along d."""
     tensor(name, h, f"[..., {width}]")
-    if h.dtype not in DTYPES:
-        raise TypeError(f"{name}: got {h.dtype}, expected float32, float16 or bfloat16; cast it first")
+    floating(name, h)
     if h.dim() == 0 or h.shape[-1] != width:
         raise ValueError(
             f"{name}: got shape {tuple(h.shape)}, expected [..., {width}] as weight is [K, {width}]; "
@@ -98,8 +103,7 @@ def rows_like(weight, h):
 def stream(h, *dims):
     """Check hidden states that are taken as they lie, of 2 or 3 dimensions; the words `dims` tell the shapes."""
     tensor("h", h, " or ".join(dims))
-    if h.dtype not in DTYPES:
-        raise TypeError(f"h: got {h.dtype}, expected float32, float16 or bfloat16; cast it first")
+    floating("h", h)
     if h.dim() not in (2, 3):
         raise ValueError(f"h: got shape {tuple(h.shape)}, expected {' or '.join(dims)}")
 
