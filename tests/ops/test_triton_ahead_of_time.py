@@ -32,9 +32,16 @@ LAUNCHES = {
     "latent_backward in place": lambda m, x: m.latent_backward_(x.grad, x.coefficient, x.scale, x.weight),
     "latent_stats difference": lambda m, x: m.latent_stats(x.h, x.weight, x.bias, x.h_ref, x.threshold, x.mask),
     "latent_stats one stream": lambda m, x: m.latent_stats(x.h, x.weight, x.bias, None, None, None),
+    "js_divergence": lambda m, x: m.js_divergence(x.of(8, 64, 128256), None),
     "patch": lambda m, x: m.patch_(x.h, x.of(x.T, dtype=torch.int64), x.h_ref),
     "patch_diff": lambda m, x: m.patch_diff(
         x.h, x.of(x.T, dtype=torch.int64), x.h_ref, x.weight, x.bias, x.threshold
+    ),
+    "prefix_matching": lambda m, x: m.prefix_matching(
+        x.of(2, 16, 256, 64), x.of(2, 8, 256, 64), x.of(2, 256, dtype=torch.int64), 0.125
+    ),
+    "prefix_matching wide": lambda m, x: m.prefix_matching(
+        x.of(2, 16, 256, 200), x.of(2, 8, 256, 200), x.of(2, 256, dtype=torch.int64), 0.125
     ),
     "routing_stats": lambda m, x: m.routing_stats(x.of(x.T, 64), x.of(x.T, dtype=torch.int64), x.mask, 5, 8, True),
     "steer": lambda m, x: m.steer_(

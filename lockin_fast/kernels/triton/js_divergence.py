@@ -1,4 +1,4 @@
-"""Generalised Jensen-Shannon divergence: a program per row finds its normaliser, then one per position and share of V."""
+"""Generalised Jensen-Shannon divergence: a program per row normalises it, then one per position and share of V sums."""
 
 import math
 
@@ -93,10 +93,11 @@ def js_divergence(logits, weights):
         weights = torch.full((N,), 1 / N, dtype=torch.float32, device=logits.device)
     shifts, scales = (torch.empty((S, N), dtype=torch.float32, device=logits.device) for _ in range(2))
     constants = sizes(V)
-    programs = triton.cdiv(V, constants["BLOCK_V"] * TILES)
+    tiles = triton.cdiv(V, constants["BLOCK_V"])
+    programs = triton.cdiv(tiles, TILES)
     shares = torch.empty((S, programs), dtype=torch.float32, device=logits.device)
     rows = logits, logits.stride(0), logits.stride(1), weights, shifts, scales
     if S:
         normaliser_kernel[(S, N)](*rows, N, V, **constants, **LAUNCH)
-        divergence_kernel[(S, programs)](*rows, shares, N, V, TILES, **constants, **LAUNCH)
+        divergence_kernel[(S, programs)](*rows, shares, N, V, min(tiles, TILES), **constants, **LAUNCH)
     return (shares.double().sum(1) / math.log(2)).float().clamp_(0.0, math.log2(N))
