@@ -38,7 +38,7 @@ LAUNCHES = {
         x.h, x.of(x.T, dtype=torch.int64), x.h_ref, x.weight, x.bias, x.threshold
     ),
     "prefix_matching": lambda m, x: m.prefix_matching(
-        x.of(2, 16, 256, 64), x.of(2, 8, 256, 64), x.of(2, 256, dtype=torch.int64), 0.125
+        x.of(2, 16, 256, 128), x.of(2, 8, 256, 128), x.of(2, 256, dtype=torch.int64), 0.125
     ),
     "prefix_matching wide": lambda m, x: m.prefix_matching(
         x.of(2, 16, 256, 200), x.of(2, 8, 256, 200), x.of(2, 256, dtype=torch.int64), 0.125

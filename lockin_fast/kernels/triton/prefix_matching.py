@@ -8,7 +8,6 @@ from lockin_fast.kernels import Refused
 from lockin_fast.kernels.triton._tiles import INTERPRETING, check_dtype
 from lockin_fast.ops.prefix_matching import repeated
 
-LAUNCH = {"num_warps": 4, "num_stages": 2}
 WIDEST = 256
 
 
@@ -31,7 +30,7 @@ def prefix_kernel(
         for k0 in range(0, tl.minimum((tile + 1) * BLOCK_T, T), BLOCK_K):
             columns = k0 + tl.arange(0, BLOCK_K)
             logits = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
-            for part in tl.static_range(PARTS):
+            for part in range(PARTS):
                 d = part * BLOCK_D + tl.arange(0, BLOCK_D)
                 x = tl.load(queries + d[None, :], mask=(rows < T)[:, None] & (d < D)[None, :], other=0.0)
                 places = keys + columns.to(tl.int64)[None, :] * k_stride + d[:, None]
@@ -55,10 +54,13 @@ def prefix_kernel(
 
 
 def sizes(width, dtype):
-    """Constants of the launch: fp32 products run without tensor cores, in registers, so over few columns at a time."""
-    block = 32 if dtype == torch.float32 else min(max(triton.next_power_of_2(width), 16), 128)
+    """Constants of the launch. Only 16-bit heads of up to 128, which need no loop, leave room for large tiles."""
+    low = dtype != torch.float32
+    block = min(max(triton.next_power_of_2(width), 16), 128 if low else 32)
+    parts = triton.cdiv(width, block)
     return {
-        "BLOCK_T": 64, "BLOCK_K": 64, "BLOCK_D": block, "PARTS": triton.cdiv(width, block), "UPCAST": INTERPRETING,
+        "BLOCK_T": 64 if low else 32, "BLOCK_K": 64 if low and parts == 1 else 32, "BLOCK_D": block, "PARTS": parts,
+        "UPCAST": INTERPRETING, "num_warps": 4 if low and parts == 1 else 8, "num_stages": 2,
     }  # fmt: skip
 
 
@@ -76,6 +78,6 @@ def prefix_matching(q, k, tokens, scale):
     if shares.numel():
         prefix_kernel[(tiles, B * H)](
             q, *q.stride()[:3], k, *k.stride()[:3], tokens, again.view(torch.uint8), shares, scale, H, H // groups, T,
-            D, **constants, **LAUNCH,
+            D, **constants,
         )  # fmt: skip
     return shares.sum(2) / again.sum(1)[:, None]
