@@ -1,4 +1,5 @@
-// bf16 and fp16 as storage types, and their scalar conversions (round to nearest even, NaN stays NaN).
+// The dtypes that kernels take: bf16 and fp16 as storage types, and their scalar conversions (round to nearest even, NaN
+// stays NaN).
 #pragma once
 
 #include <cstdint>
@@ -7,6 +8,8 @@
 #include "penalty.h"
 
 namespace lockin_fast {
+
+enum class Dtype { f32, f16, bf16 };
 
 struct bf16 {
   uint16_t bits;

@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-namespace lockin_fast {
+#include "../common/half.h"
 
-enum class Dtype { f32, f16, bf16 };
+namespace lockin_fast {
 
 // Tokens a kernel takes at a time; the caller's grain is a multiple of it.
 constexpr int64_t kTokenTile = 32;

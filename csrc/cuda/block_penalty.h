@@ -1,7 +1,7 @@
 // The one-sided penalty of each token and its coefficients, on CUDA.
 #pragma once
 
-#include "../cpu/kernels.h"
+#include "../common/half.h"
 #include "nf4_rows.h"
 
 namespace lockin_fast {

@@ -10,11 +10,16 @@ namespace lockin_fast {
 template <class T>
 constexpr int kPerQuad = static_cast<int>(kQuadBytes / sizeof(T));
 
-__device__ __forceinline__ float element(const Quad& quad, int i, float) { return float_from_bits(quad.word[i]); }
+__device__ __forceinline__ float stored_element(const Quad& quad, int i, float) { return float_from_bits(quad.word[i]); }
 
 template <class T>
-__device__ __forceinline__ float element(const Quad& quad, int i, T) {
-  return to_float(T{static_cast<uint16_t>(quad.word[i / 2] >> 16 * (i % 2))});
+__device__ __forceinline__ T stored_element(const Quad& quad, int i, T) {
+  return T{static_cast<uint16_t>(quad.word[i / 2] >> 16 * (i % 2))};
+}
+
+template <class T>
+__device__ __forceinline__ float element(const Quad& quad, int i, T as) {
+  return to_float(stored_element(quad, i, as));
 }
 
 __device__ __forceinline__ void set_element(Quad* quad, int i, float x) { quad->word[i] = bits_from_float(x); }
@@ -44,12 +49,28 @@ __device__ __forceinline__ Quad read_quad(const T* row, int64_t c, int64_t width
   }
 }
 
-// Fills `table` [16], which is shared, for the readers of the block.
-__device__ __forceinline__ void fill_nf4_table(float* table) {
+// Writes what of the quad lies before `width`.
+template <class T, bool kAligned>
+__device__ __forceinline__ void write_quad(T* row, int64_t c, int64_t width, const Quad& quad) {
+  if (c >= width) return;
+  if constexpr (kAligned) {
+    *reinterpret_cast<Quad*>(row + c) = quad;
+  } else {
 #pragma unroll
-  for (int i = 0; i < kNf4Codes; ++i) {
-    if (static_cast<int>(threadIdx.x) == i) table[i] = nf4_value(i);  // an indexed codebook would live on the stack
+    for (int i = 0; i < kPerQuad<T>; ++i) {
+      if (c + i < width) row[c + i] = stored_element(quad, i, T{});
+    }
   }
+}
+
+namespace {
+__constant__ float nf4_codebook[kNf4Codes] = {LOCKIN_FAST_NF4_CODEBOOK};
+}
+
+// Fills `table` [16], which is shared, for the readers of the block: lanes that look up different entries of constant
+// memory wait for each other.
+__device__ __forceinline__ void fill_nf4_table(float* table) {
+  if (threadIdx.x < kNf4Codes) table[threadIdx.x] = nf4_codebook[threadIdx.x];
 }
 
 // Decodes some rows from left to right, the same columns of each, which saves searching for the outliers' channels.

@@ -2,28 +2,12 @@
 
 #include <tuple>
 
-#include "tensors.h"
+#include "nf4_rows.h"
 
 namespace lockin_fast {
 namespace {
 
 using Penalty = std::tuple<Tensor, Tensor, Tensor>;
-
-Tensor empty_like_rows(const Tensor& h, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(h, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
-}
-
-const float* latent_vector(const OptionalTensor& t, const char* name, const Tensor& weight) {
-  if (!t) return nullptr;
-  check_vector(*t, name, weight.size(0), ScalarType::Float);
-  check_device(*t, name, weight, "weight");
-  return static_cast<const float*>(t->const_data_ptr());
-}
-
-Dtype dtype_of(const Tensor& t) {
-  if (t.scalar_type() == ScalarType::Float) return Dtype::f32;
-  return t.scalar_type() == ScalarType::Half ? Dtype::f16 : Dtype::bf16;
-}
 
 // Runs the kernel once `params` holds the reference; the tensors that it points at are the caller's to keep.
 Penalty penalise(BlockPenaltyParams params, const Tensor& h, const Tensor& weight, const Tensor& bias,
@@ -34,13 +18,13 @@ Penalty penalise(BlockPenaltyParams params, const Tensor& h, const Tensor& weigh
   check_device(weight, "weight", h, "h");
   const int64_t tokens = h.size(0), latents = weight.size(0);
   const Tensor rows = with_contiguous_rows(h), latent_rows = with_contiguous_rows(weight);
-  Tensor per_token = empty_like_rows(h, {tokens}, ScalarType::Float);
-  Tensor coefficient = empty_like_rows(h, {tokens, latents}, ScalarType::Float);
-  Tensor active = empty_like_rows(h, {}, ScalarType::Long);
+  Tensor per_token = empty_beside(h, {tokens}, ScalarType::Float);
+  Tensor coefficient = empty_beside(h, {tokens, latents}, ScalarType::Float);
+  Tensor active = empty_beside(h, {}, ScalarType::Long);
   torch::stable::zero_(active);
   if (latents == 0) torch::stable::zero_(per_token);
 
-  params.dtype = dtype_of(h);
+  params.dtype = dtype_of(h, "h");
   params.h = rows.const_data_ptr();
   params.h_stride = rows.stride(0);
   params.weight = latent_rows.const_data_ptr();
@@ -65,16 +49,11 @@ Penalty penalise(BlockPenaltyParams params, const Tensor& h, const Tensor& weigh
   return {per_token, coefficient, active};
 }
 
-void check_hidden(const Tensor& h) {
-  STD_TORCH_CHECK(h.dim() == 2, "h must be [T, d]");
-  check_float(h, "h");
-}
-
 Penalty block_penalty_dense(const Tensor& h, const Tensor& weight, const Tensor& bias, const Tensor& sign,
                             const OptionalTensor& z_ref, const OptionalTensor& h_ref, const OptionalTensor& mask,
                             const OptionalTensor& threshold, const OptionalTensor& margin, bool mean) {
   STD_TORCH_CHECK(z_ref.has_value() != h_ref.has_value(), "exactly one of z_ref and h_ref must be given");
-  check_hidden(h);
+  STD_TORCH_CHECK(h.dim() == 2, "h must be [T, d]");
   BlockPenaltyParams params{};
   OptionalTensor reference;
   if (h_ref) {
@@ -97,30 +76,12 @@ Penalty block_penalty_nf4(const Tensor& h, const Tensor& weight, const Tensor& b
                           const OptionalTensor& outliers, const OptionalTensor& mask,
                           const OptionalTensor& threshold, const OptionalTensor& margin, bool mean,
                           int64_t blocksize) {
-  check_hidden(h);
-  const int64_t tokens = h.size(0), width = h.size(1);
-  STD_TORCH_CHECK(blocksize > 0 && width % blocksize == 0 && width % 2 == 0, "d must be even and a multiple of blocksize");
-  check_matrix(codes, "codes", tokens, width / 2, ScalarType::Byte);
+  STD_TORCH_CHECK(h.dim() == 2, "h must be [T, d]");
+  check_matrix(codes, "codes", h.size(0), h.size(1) / 2, ScalarType::Byte);
   check_device(codes, "codes", h, "h");
-  check_matrix(absmax, "absmax", tokens, width / blocksize, ScalarType::Float);
-  check_device(absmax, "absmax", h, "h");
-  const Tensor packed = torch::stable::contiguous(codes), scales = torch::stable::contiguous(absmax);
+  const Nf4Operand nf4 = nf4_operand(codes, absmax, channels, outliers, blocksize, h.scalar_type());
   BlockPenaltyParams params{};
-  params.nf4.codes = static_cast<const uint8_t*>(packed.const_data_ptr());
-  params.nf4.absmax = static_cast<const float*>(scales.const_data_ptr());
-  params.nf4.blocksize = blocksize;
-  OptionalTensor kept;
-  if (channels) {
-    STD_TORCH_CHECK(outliers, "outliers must be given with channels");
-    check_vector(*channels, "channels", channels->size(0), ScalarType::Int);
-    check_device(*channels, "channels", h, "h");
-    check_matrix(*outliers, "outliers", tokens, channels->size(0), h.scalar_type());
-    check_device(*outliers, "outliers", h, "h");
-    kept = torch::stable::contiguous(*outliers);
-    params.nf4.channels = static_cast<const int32_t*>(channels->const_data_ptr());
-    params.nf4.outliers = kept->const_data_ptr();
-    params.nf4.outlier_count = channels->size(0);
-  }
+  params.nf4 = nf4.rows;
   return penalise(params, h, weight, bias, sign, mask, threshold, margin, mean);
 }
 

@@ -10,6 +10,7 @@
 
 #include <optional>
 
+#include "../common/half.h"
 #include "registration.h"
 
 namespace lockin_fast {
@@ -18,10 +19,17 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-inline void check_float(const Tensor& t, const char* name) {
-  const ScalarType dtype = t.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16, name,
-                  " must be float32, float16 or bfloat16");
+inline Dtype dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::Half: return Dtype::f16;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    default: STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
+  }
+}
+
+inline Tensor empty_beside(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  return torch::stable::new_empty(t, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
 }
 
 inline void check_device(const Tensor& t, const char* name, const Tensor& other, const char* other_name) {
@@ -38,6 +46,14 @@ inline void check_matrix(const Tensor& t, const char* name, int64_t rows, int64_
 inline void check_vector(const Tensor& t, const char* name, int64_t length, ScalarType dtype) {
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == length && t.scalar_type() == dtype && t.is_contiguous(), name,
                   " must be a contiguous vector of ", length, " elements of its dtype");
+}
+
+// A vector with one number per row of `weight`, or null.
+inline const float* latent_vector(const OptionalTensor& t, const char* name, const Tensor& weight) {
+  if (!t) return nullptr;
+  check_vector(*t, name, weight.size(0), ScalarType::Float);
+  check_device(*t, name, weight, "weight");
+  return static_cast<const float*>(t->const_data_ptr());
 }
 
 inline bool rows_are_contiguous(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1; }
