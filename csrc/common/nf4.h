@@ -20,13 +20,13 @@ constexpr int kNf4Codes = 16;
 // Smallest block scale that is inverted; below it a block's values shrink towards the code of zero.
 constexpr float kNf4Tiny = 1e-38f;
 
-LOCKIN_FAST_INLINE float nf4_value(uint32_t code) {
+LOCKIN_FAST_INLINE constexpr float nf4_value(uint32_t code) {
   constexpr float values[kNf4Codes] = {LOCKIN_FAST_NF4_CODEBOOK};
   return values[code & 15u];
 }
 
 // Where code i ends and code i + 1 begins, i in [0, 15): halfway, rounded to fp32; the boundary itself belongs to i.
-LOCKIN_FAST_INLINE float nf4_boundary(uint32_t i) { return (nf4_value(i) + nf4_value(i + 1)) * 0.5f; }
+LOCKIN_FAST_INLINE constexpr float nf4_boundary(uint32_t i) { return (nf4_value(i) + nf4_value(i + 1)) * 0.5f; }
 
 // What the elements of a block are multiplied by. NaN stays NaN; an infinite block scales to 0.
 LOCKIN_FAST_INLINE float nf4_inverse(float absmax) { return 1.0f / (absmax < kNf4Tiny ? kNf4Tiny : absmax); }
