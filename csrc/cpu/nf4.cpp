@@ -63,17 +63,45 @@ LOCKIN_FAST_LOCAL void encode_block(const T* x, int64_t n, float inverse, uint8_
 
 #else
 
+// One code an element, in the vector type's own lanes: how many boundaries lie below it.
+typedef int32_t Codes __attribute__((vector_size(sizeof(Vec))));
+constexpr int64_t kVectors = kNf4Step / Vec::width;
+
+struct Boundaries {
+  float value[kNf4Codes - 1];
+};
+
+constexpr Boundaries make_boundaries() {
+  Boundaries boundaries = {};
+  for (uint32_t i = 0; i < kNf4Codes - 1; ++i) boundaries.value[i] = nf4_boundary(i);
+  return boundaries;
+}
+
+constexpr Boundaries kBoundaries = make_boundaries();
+
+LOCKIN_FAST_LOCAL void pack(const Codes* code, uint8_t* codes) {
+#if LOCKIN_FAST_LEVEL == 2
+  const __m256i mixed = _mm256_packs_epi32(reinterpret_cast<__m256i>(code[0]), reinterpret_cast<__m256i>(code[1]));
+  const __m256i pairs = _mm256_madd_epi16(_mm256_permute4x64_epi64(mixed, 0xd8), _mm256_set1_epi32(16 | 1 << 16));
+  const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(codes), _mm_packus_epi16(halves, halves));
+#else
+  for (int64_t i = 0; i < kNf4Step; i += 2) {
+    codes[i / 2] = nf4_pack(code[i / Vec::width][i % Vec::width], code[i / Vec::width][i % Vec::width + 1]);
+  }
+#endif
+}
+
 template <class T>
 LOCKIN_FAST_LOCAL void encode_block(const T* x, int64_t n, float inverse, uint8_t* codes) {
   for (int64_t i = 0; i < n; i += kNf4Step) {
-    float values[kNf4Step];
-    int32_t code[kNf4Step] = {};
-    for (int64_t j = 0; j < kNf4Step; j += Vec::width) store(values + j, load(x + i + j));
-    for (int64_t j = 0; j < kNf4Step; ++j) values[j] *= inverse;
-    for (uint32_t b = 0; b < kNf4Codes - 1; ++b) {
-      for (int64_t j = 0; j < kNf4Step; ++j) code[j] += !(values[j] <= nf4_boundary(b));
+    Codes code[kVectors] = {};
+    Vec scaled[kVectors];
+    for (int64_t v = 0; v < kVectors; ++v) scaled[v] = {load(x + i + v * Vec::width).v * splat(inverse).v};
+    for (float boundary : kBoundaries.value) {
+      for (int64_t v = 0; v < kVectors; ++v) code[v] -= scaled[v].v > splat(boundary).v;
     }
-    for (int64_t j = 0; j < kNf4Step; j += 2) codes[(i + j) / 2] = nf4_pack(code[j], code[j + 1]);
+    pack(code, codes + i / 2);
   }
 }
 
@@ -90,70 +118,94 @@ void encode_any_block(const T* x, int64_t n, float inverse, uint8_t* codes) {
 // Magnitudes are compared as integers, in the width that they are stored in.
 template <class T>
 LOCKIN_FAST_LOCAL float largest_magnitude(const T* x, int64_t n) {
-  uint16_t largest[kNf4Step] = {};
-  for (int64_t i = 0; i < n; i += kNf4Step) {
-    for (int64_t j = 0; j < kNf4Step; ++j) {
-      const uint16_t bits = x[i + j].bits & 0x7fffu;
-      largest[j] = bits > largest[j] ? bits : largest[j];
-    }
-  }
   T result = {0};
-  for (uint16_t bits : largest) result.bits = bits > result.bits ? bits : result.bits;
+#if LOCKIN_FAST_LEVEL >= 2
+  __m256i largest = _mm256_setzero_si256();
+  for (int64_t i = 0; i < n; i += kNf4Step) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
+    largest = _mm256_max_epu16(largest, _mm256_and_si256(bits, _mm256_set1_epi16(0x7fff)));
+  }
+  const __m128i half = _mm_max_epu16(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+  const __m128i all = _mm_set1_epi16(-1);  // the largest is the least of the complements, which one instruction finds
+  result.bits = static_cast<uint16_t>(~_mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(half, all)), 0));
+#else
+  for (int64_t i = 0; i < n; ++i) {
+    const uint16_t bits = x[i].bits & 0x7fffu;
+    result.bits = bits > result.bits ? bits : result.bits;
+  }
+#endif
   return to_float(result);
 }
 
 LOCKIN_FAST_LOCAL float largest_magnitude(const float* x, int64_t n) {
-  uint32_t largest[kNf4Step] = {};
-  for (int64_t i = 0; i < n; i += kNf4Step) {
-    for (int64_t j = 0; j < kNf4Step; ++j) {
-      const uint32_t bits = magnitude_bits(x[i + j]);
-      largest[j] = bits > largest[j] ? bits : largest[j];
-    }
-  }
   uint32_t result = 0;
-  for (uint32_t bits : largest) result = bits > result ? bits : result;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = magnitude_bits(x[i]);
+    result = bits > result ? bits : result;
+  }
   return float_from_bits(result);
 }
 
+// `scratch` holds a block, for those with outlier channels in them.
 template <class T>
 void quantize(const Nf4QuantizeArgs& args, int64_t begin, int64_t end, T* scratch) {
   for (int64_t t = begin; t < end; ++t) {
     const T* row = static_cast<const T*>(args.h) + t * args.h_stride;
     uint8_t* codes = args.codes + t * (args.width / 2);
     float* absmax = args.absmax + t * (args.width / args.blocksize);
-    if (args.channel_count) {
-      T* outliers = static_cast<T*>(args.outliers) + t * args.channel_count;
-      for (int64_t j = 0; j < args.channel_count; ++j) outliers[j] = row[args.channels[j]];
-      memcpy(scratch, row, static_cast<size_t>(args.width) * sizeof(T));
-      for (int64_t j = 0; j < args.channel_count; ++j) scratch[args.channels[j]] = T{};
-      row = scratch;
-    }
+    T* outliers = static_cast<T*>(args.outliers) + t * args.channel_count;
+    int64_t channel = 0;
     for (int64_t i = 0; i < args.width; i += args.blocksize, ++absmax) {
-      *absmax = largest_magnitude(row + i, args.blocksize);
+      const T* block = row + i;
+      for (; channel < args.channel_count && args.channels[channel] < i + args.blocksize; ++channel) {
+        if (block != scratch) memcpy(scratch, block, static_cast<size_t>(args.blocksize) * sizeof(T));
+        block = scratch;
+        outliers[channel] = row[args.channels[channel]];
+        scratch[args.channels[channel] - i] = T{};
+      }
+      *absmax = largest_magnitude(block, args.blocksize);
       const float inverse = nf4_inverse(*absmax);
       if (*absmax < __builtin_inff()) {
-        encode_block(row + i, args.blocksize, inverse, codes + i / 2);
+        encode_block(block, args.blocksize, inverse, codes + i / 2);
       } else {
-        encode_any_block(row + i, args.blocksize, inverse, codes + i / 2);
+        encode_any_block(block, args.blocksize, inverse, codes + i / 2);
       }
     }
   }
 }
 
+// Past what caches keep, storing around them saves reading every line of the result before it is written.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
+constexpr int64_t kLine = 64;
+
+template <class T>
+bool streams(const Nf4Rows& rows, const T* out, int64_t tokens) {
+  const int64_t line = kLine / static_cast<int64_t>(sizeof(T));
+  return LOCKIN_FAST_LEVEL >= 3 && rows.channel_count == 0 && rows.blocksize % line == 0 &&
+         reinterpret_cast<uintptr_t>(out) % kLine == 0 && tokens * rows.width * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+}
+
 template <class T>
 void dequantize(const Nf4Rows& rows, T* out, int64_t begin, int64_t end) {
-  for (int64_t t = begin; t < end; ++t) decode_row(rows, t, out + t * rows.width);
+  if (streams(rows, out, end - begin)) {
+    for (int64_t t = begin; t < end; ++t) decode_codes<true>(rows, t, out + t * rows.width);
+#if LOCKIN_FAST_LEVEL >= 3
+    _mm_sfence();
+#endif
+  } else {
+    for (int64_t t = begin; t < end; ++t) decode_row(rows, t, out + t * rows.width);
+  }
 }
 
 }  // namespace
 
 namespace LOCKIN_FAST_UNIT {
 
-void nf4_quantize(const Nf4QuantizeArgs& args, int64_t begin, int64_t end, void* row) {
+void nf4_quantize(const Nf4QuantizeArgs& args, int64_t begin, int64_t end, void* block) {
   switch (args.dtype) {
-    case Dtype::f32: return quantize(args, begin, end, static_cast<float*>(row));
-    case Dtype::f16: return quantize(args, begin, end, static_cast<f16*>(row));
-    case Dtype::bf16: return quantize(args, begin, end, static_cast<bf16*>(row));
+    case Dtype::f32: return quantize(args, begin, end, static_cast<float*>(block));
+    case Dtype::f16: return quantize(args, begin, end, static_cast<f16*>(block));
+    case Dtype::bf16: return quantize(args, begin, end, static_cast<bf16*>(block));
   }
 }
 

@@ -5,7 +5,7 @@
 
 namespace lockin_fast {
 
-// Rows of NF4, contiguous; `channels` in [0, width) or null.
+// Rows of NF4, contiguous; `channels` in [0, width), ascending, or null.
 struct Nf4Rows {
   const uint8_t* codes;     // [T, d / 2]
   const float* absmax;      // [T, d / blocksize]
@@ -31,8 +31,8 @@ struct Nf4QuantizeArgs {
   void* outliers;
 };
 
-// `row` is scratch for one row of h; only needed where there are outlier channels.
-LOCKIN_FAST_DECLARE(void, nf4_quantize, const Nf4QuantizeArgs&, int64_t begin, int64_t end, void* row)
+// `block` is scratch for one block of h; only needed where there are outlier channels.
+LOCKIN_FAST_DECLARE(void, nf4_quantize, const Nf4QuantizeArgs&, int64_t begin, int64_t end, void* block)
 LOCKIN_FAST_DECLARE(void, nf4_dequantize, const Nf4Rows&, Dtype, void* out, int64_t begin, int64_t end)
 
 }  // namespace lockin_fast

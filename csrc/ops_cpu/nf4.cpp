@@ -37,8 +37,8 @@ std::tuple<Tensor, Tensor, Tensor> nf4_quantize(const Tensor& h, int64_t blocksi
 
   static const auto kernel = LOCKIN_FAST_CHOOSE(nf4_quantize);
   for_token_tiles(tokens, [&](int64_t begin, int64_t end) {
-    const Room row(count ? width * static_cast<int64_t>(h.element_size()) : 0);
-    kernel(args, begin, end, row.data);
+    const Room block(count ? blocksize * static_cast<int64_t>(h.element_size()) : 0);
+    kernel(args, begin, end, block.data);
   });
   return {codes, absmax, outliers};
 }

@@ -11,7 +11,7 @@ inline void check_blocks(int64_t width, int64_t blocksize) {
                   ", it must be a multiple of ", kNf4Step, " that divides the width of ", width);
 }
 
-// Pointer to contiguous channels in [0, width), or null.
+// Pointer to contiguous channels, ascending in [0, width), or null.
 inline const int32_t* outlier_channels(const OptionalTensor& channels, int64_t width) {
   if (!channels || channels->numel() == 0) return nullptr;
   STD_TORCH_CHECK(channels->is_cpu() && channels->scalar_type() == ScalarType::Int && channels->dim() == 1 &&
@@ -20,6 +20,7 @@ inline const int32_t* outlier_channels(const OptionalTensor& channels, int64_t w
   const int32_t* values = static_cast<const int32_t*>(channels->const_data_ptr());
   const auto inside = [width](int32_t channel) { return channel >= 0 && channel < width; };
   STD_TORCH_CHECK(std::all_of(values, values + channels->numel(), inside), "channels must lie in [0, ", width, ")");
+  STD_TORCH_CHECK(std::is_sorted(values, values + channels->numel()), "channels must ascend");
   return values;
 }
 
