@@ -3,26 +3,14 @@
 import torch
 
 from lockin_fast.dispatch import define
+from lockin_fast.kernels.codebook import BOUNDARIES, CODEBOOK, TINY
 
 QUANTIZE_SCHEMA = "(Tensor h, int blocksize, Tensor? channels) -> (Tensor, Tensor, Tensor)"
 DEQUANTIZE_SCHEMA = (
     "(Tensor codes, Tensor absmax, Tensor? channels, Tensor? outliers, int blocksize, ScalarType dtype) -> Tensor"
 )
 
-# The quantiles of a normal distribution, scaled to [-1, 1] with an exact zero: Dettmers et al., arXiv 2305.14314.
-CODEBOOK = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-TINY = 1e-38  # the smallest block scale that is inverted
 BLOCKSIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-
-
-def boundaries(device):
-    """[15] fp32: where one code ends and the next begins, halfway between their values."""
-    values = torch.tensor(CODEBOOK, dtype=torch.float32, device=device)
-    return (values[1:] + values[:-1]) / 2
 
 
 def quantize_reference(h, blocksize, channels):
@@ -39,7 +27,8 @@ def quantize_reference(h, blocksize, channels):
     blocks = work.reshape(tokens, width // blocksize, blocksize)
     absmax = blocks.abs().amax(2)
     scaled = blocks * (1.0 / absmax.clamp_min(TINY))[:, :, None]
-    codes = torch.bucketize(scaled, boundaries(h.device), out_int32=True).to(torch.uint8).view(tokens, width // 2, 2)
+    boundaries = torch.tensor(BOUNDARIES, dtype=torch.float32, device=h.device)
+    codes = torch.bucketize(scaled, boundaries, out_int32=True).to(torch.uint8).view(tokens, width // 2, 2)
     return codes[:, :, 0] << 4 | codes[:, :, 1], absmax, outliers
 
 
