@@ -19,6 +19,12 @@ def kernels(file):
     return import_module(f"lockin_fast.kernels.triton.{file}")
 
 
+def nf4_operands(x):
+    """codes, absmax, channels and outliers of hidden states like x.h, in blocks of 64."""
+    codes, absmax = x.of(x.T, x.d // 2, dtype=torch.uint8), x.of(x.T, x.d // 64, dtype=torch.float32)
+    return codes, absmax, x.of(4, dtype=torch.int32), x.of(x.T, 4)
+
+
 # One line a launch: "<file> <which>": the module and the inputs to a call of it.
 LAUNCHES = {
     "encode_latents": lambda m, x: m.encode_latents(x.h, x.weight, x.bias, x.threshold),
@@ -33,6 +39,8 @@ LAUNCHES = {
     "latent_stats difference": lambda m, x: m.latent_stats(x.h, x.weight, x.bias, x.h_ref, x.threshold, x.mask),
     "latent_stats one stream": lambda m, x: m.latent_stats(x.h, x.weight, x.bias, None, None, None),
     "js_divergence": lambda m, x: m.js_divergence(x.of(8, 64, 128256), None),
+    "nf4 quantize": lambda m, x: m.nf4_quantize(x.h, 64, x.of(4, dtype=torch.int32)),
+    "nf4 dequantize": lambda m, x: m.nf4_dequantize(*nf4_operands(x), 64, x.dtype),
     "patch": lambda m, x: m.patch_(x.h, x.of(x.T, dtype=torch.int64), x.h_ref),
     "patch_diff": lambda m, x: m.patch_diff(
         x.h, x.of(x.T, dtype=torch.int64), x.h_ref, x.weight, x.bias, x.threshold
