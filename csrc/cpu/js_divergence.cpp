@@ -15,6 +15,11 @@ namespace {
 constexpr int kVecs = 4;               // columns are taken this many vectors at a time
 constexpr int64_t kTileVectors = 128;  // a tile of a row, read twice while it is in L1
 
+template <int B>
+constexpr int size_of(const Vecs<B>&) {
+  return B;
+}
+
 template <class T>
 struct Row {
   const T* logits;
@@ -51,16 +56,14 @@ LOCKIN_FAST_LOCAL float largest_lane(Vec a) {
 // -inf, where nothing is allowed yet, would make -inf - -inf of a banned token.
 LOCKIN_FAST_LOCAL float finite_shift(float largest) { return largest == -INFINITY ? 0.0f : largest; }
 
-// Calls step(vector of logits, lane of an unrolled loop) for n logits.
-template <class T, class Step>
+// Calls step(vectors of logits) for n logits, B vectors at a time, and one at a time for what is left.
+template <int B, class T, class Step>
 LOCKIN_FAST_LOCAL void for_vectors(const T* p, int64_t n, const Step& step) {
   constexpr int64_t width = Vec::width;
   int64_t i = 0;
-  for (; i + kVecs * width <= n; i += kVecs * width) {
-    for (int b = 0; b < kVecs; ++b) step(load(p + i + b * width), b);
-  }
-  for (; i + width <= n; i += width) step(load(p + i), 0);
-  if (i < n) step(load_banned_after(p + i, n - i), 0);
+  for (; i + B * width <= n; i += B * width) step(each<B>([&](int b) { return load(p + i + b * width); }));
+  for (; i + width <= n; i += width) step(Vecs<1>{{load(p + i)}});
+  if (i < n) step(Vecs<1>{{load_banned_after(p + i, n - i)}});
 }
 
 // Online over tiles: whenever a larger logit turns up, what was summed before is scaled down. A NaN may be lost among
@@ -76,12 +79,16 @@ void normalise(Row<T>* row, int64_t vocabulary) {
       top[b] = splat(largest);
       sums[b] = zeros();
     }
-    for_vectors(row->logits + v, n, [&](Vec x, int b) { top[b] = maximum(x, top[b]); });
-    const float raised =
-        largest_lane(maximum(maximum(top[0], top[1]), maximum(top[2], top[3])));
+    for_vectors<kVecs>(row->logits + v, n, [&](const auto& x) {
+      for (int b = 0; b < size_of(x); ++b) top[b] = maximum(x.v[b], top[b]);
+    });
+    const float raised = largest_lane(maximum(maximum(top[0], top[1]), maximum(top[2], top[3])));
     const float shift = finite_shift(raised);
-    for_vectors(row->logits + v, n,
-                [&](Vec x, int b) { sums[b] = add(sums[b], exp_nonpositive(sub(x, splat(shift)))); });
+    for_vectors<kVecs>(row->logits + v, n, [&](auto x) {
+      for (Vec& part : x.v) part = sub(part, splat(shift));
+      x = exp_nonpositive(x);
+      for (int b = 0; b < size_of(x); ++b) sums[b] = add(sums[b], x.v[b]);
+    });
     total = total * std::exp(static_cast<double>(largest) - static_cast<double>(shift)) +
             sum_of_lanes(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
     largest = raised;
@@ -97,17 +104,17 @@ LOCKIN_FAST_LOCAL Vec divergence(const Row<T>* rows, int64_t count, Vec* p, Vec 
   Vec mean[B], inverse[B], excess[B];
   for (int b = 0; b < B; ++b) mean[b] = excess[b] = zeros();
   for (int64_t i = 0; i < count; ++i) {
+    const Vecs<B> weight = exp_nonpositive(each<B>([&](int b) { return sub(read(rows[i], b), splat(rows[i].shift)); }));
     for (int b = 0; b < B; ++b) {
-      p[i * B + b] = mul(exp_nonpositive(sub(read(rows[i], b), splat(rows[i].shift))), splat(rows[i].scale));
+      p[i * B + b] = mul(weight.v[b], splat(rows[i].scale));
       mean[b] = fma(p[i * B + b], splat(rows[i].weight), mean[b]);
     }
   }
   // A token that is banned in every row has r = 0 and the weight 0.
   for (int b = 0; b < B; ++b) inverse[b] = {splat(1.0f).v / maximum(splat(FLT_MIN), mean[b]).v};
   for (int64_t i = 0; i < count; ++i) {
-    for (int b = 0; b < B; ++b) {
-      excess[b] = fma(tangent_excess(mul(p[i * B + b], inverse[b])), splat(rows[i].weight), excess[b]);
-    }
+    const Vecs<B> terms = tangent_excess(each<B>([&](int b) { return mul(p[i * B + b], inverse[b]); }));
+    for (int b = 0; b < B; ++b) excess[b] = fma(terms.v[b], splat(rows[i].weight), excess[b]);
   }
   for (int b = 0; b < B; ++b) total = fma(mean[b], excess[b], total);
   return total;

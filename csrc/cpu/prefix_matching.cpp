@@ -156,21 +156,31 @@ LOCKIN_FAST_LOCAL void mask_later(const Lanes& lanes, int64_t first, int64_t cou
   }
 }
 
+// Adds the weights of N keys to one vector of queries' sums, and those on the stripe to their mass.
+template <int N>
+LOCKIN_FAST_LOCAL void add_keys(const float* logits, const int32_t* before, Ints token, Vec shift, Softmax* state) {
+  const Vecs<N> weight = exp_nonpositive(each<N>([&](int i) { return sub(load(logits + i * kQueries), shift); }));
+  for (int i = 0; i < N; ++i) {
+    state->sum = add(state->sum, weight.v[i]);
+    state->mass = add(state->mass, where(token == before[i], weight.v[i], zeros()));
+  }
+}
+
 LOCKIN_FAST_LOCAL void add_tile(const Lanes& lanes, const int32_t* before, int64_t count, const float* logits,
                                 Softmax* state) {
+  constexpr int together = 4;
   for (int c = 0; c < kVecs; ++c, logits += Vec::width) {
-    Vec largest = state[c].largest;
-    for (int64_t key = 0; key < count; ++key) largest = maximum(load(logits + key * kQueries), largest);
+    Softmax tile = {state[c].largest, zeros(), zeros()};
+    for (int64_t key = 0; key < count; ++key) tile.largest = maximum(load(logits + key * kQueries), tile.largest);
     // -inf, where no key counts, would make -inf - -inf.
-    const Vec shift = where(largest.v == splat(-INFINITY).v, zeros(), largest);
-    Vec sum = zeros(), mass = zeros();
-    for (int64_t key = 0; key < count; ++key) {
-      const Vec weight = exp_nonpositive(sub(load(logits + key * kQueries), shift));
-      sum = add(sum, weight);
-      mass = add(mass, where(lanes.token[c] == before[key], weight, zeros()));
+    const Vec shift = where(tile.largest.v == splat(-INFINITY).v, zeros(), tile.largest);
+    int64_t key = 0;
+    for (; key + together <= count; key += together) {
+      add_keys<together>(logits + key * kQueries, before + key, lanes.token[c], shift, &tile);
     }
+    for (; key < count; ++key) add_keys<1>(logits + key * kQueries, before + key, lanes.token[c], shift, &tile);
     const Vec factor = exp_nonpositive(sub(state[c].largest, shift));
-    state[c] = {largest, fma(state[c].sum, factor, sum), fma(state[c].mass, factor, mass)};
+    state[c] = {tile.largest, fma(state[c].sum, factor, tile.sum), fma(state[c].mass, factor, tile.mass)};
   }
 }
 
