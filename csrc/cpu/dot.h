@@ -114,8 +114,9 @@ LOCKIN_FAST_LOCAL void accumulate(int columns, const Rows<T>& rows, int64_t offs
 
 // out[r] points at K floats for each valid row.
 template <class T>
-void row_products(const EncodeArgs& args, const Rows<T>& rows, const Rows<T>& next, float* const* out) {
-  constexpr int64_t chunk = kChunkBytes / static_cast<int64_t>(sizeof(T));
+void row_products(const EncodeArgs& args, const Rows<T>& rows, const Rows<T>& next, float* const* out,
+                  int64_t chunk_bytes = kChunkBytes) {
+  const int64_t chunk = chunk_bytes / static_cast<int64_t>(sizeof(T));
   const T* packed = static_cast<const T*>(args.packed);
   Vec state[kGroups][kRows * kColumns];
   for (int64_t k0 = 0; k0 < args.latents; k0 += kGroups * kColumns) {
