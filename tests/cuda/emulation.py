@@ -55,7 +55,7 @@ def build(folder, *extra):
     commands = [
         ("-O0", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", torch_folder / "include", "-include",
          HERE / "emulated_ops.h", "-c", wrappers),
-        ("-O2", "-Wno-clobbered", "-c", HERE / "emulator.cpp"),
+        ("-O2", "-U_FORTIFY_SOURCE", "-c", HERE / "emulator.cpp"),
     ]  # fmt: skip
     kernels = *(ROOT / "csrc/cuda").glob("*.cu"), HERE / "faults.cu"
     commands += [("-O1", "-include", HERE / "emulator.h", "-x", "c++", "-c", path) for path in kernels]

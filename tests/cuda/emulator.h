@@ -187,6 +187,7 @@ T add(T* address, U value) {
 #define __stcs(address, value) (*(address) = (value))
 #define atomicAdd(address, value) ::emulator::add(address, value)
 #define __popc(x) __builtin_popcount(x)
+#define __ffs(x) __builtin_ffs(static_cast<int>(x))
 #define __float_as_uint(x) ::emulator::bits<uint32_t>(x)
 #define __uint_as_float(x) ::emulator::bits<float>(x)
 
