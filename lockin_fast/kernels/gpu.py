@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # The ops that csrc/ops_cuda serves; a test holds this list against the library.
-CUDA_OPS = ("block_penalty", "patch_", "patch_diff", "steer_")
+CUDA_OPS = ("block_penalty", "latent_backward", "latent_backward_", "patch_", "patch_diff", "steer_")
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 DEFAULTS = Path(__file__).parent / "gpu_defaults.json"

@@ -36,7 +36,7 @@ class Emulation:
     library: ctypes.CDLL
 
     def order(self, seed, processors):
-        """The order in which threads take their turns (0 as numbered, 1 backwards, else a seed), the GPU's size."""
+        """The order in which threads take their turns, as `emulate` of emulator.cpp has it, and the GPU's size."""
         self.library.emulate(seed, processors)
 
     def serve(self):

@@ -163,6 +163,15 @@ void explain_deadlock() {
   }
 }
 
+// Lets a thread run to where it next waits; whether it could.
+bool step(size_t thread) {
+  if (fibers[thread]->state != State::ready || !message.empty()) return false;
+  resume(thread);
+  if (fibers[thread]->state == State::in_meeting) release_meeting(thread);
+  if (fibers[thread]->state == State::at_barrier) release_barrier();
+  return true;
+}
+
 void run_block() {
   static std::vector<size_t> turns;
   turns.resize(count);
@@ -182,11 +191,11 @@ void run_block() {
     some = false;
     if (order > 1) std::shuffle(turns.begin(), turns.end(), random_order);
     for (size_t thread : turns) {
-      if (fibers[thread]->state != State::ready) continue;
-      some = true;
-      resume(thread);
-      if (fibers[thread]->state == State::in_meeting) release_meeting(thread);
-      if (fibers[thread]->state == State::at_barrier) release_barrier();
+      some |= step(thread);
+      for (bool more = order % 2 == 0; more;) {
+        more = false;
+        for (size_t i = thread / 32 * 32; i < std::min(thread / 32 * 32 + 32, count); ++i) more |= step(i);
+      }
     }
   }
   if (message.empty()) explain_deadlock();
@@ -243,7 +252,8 @@ int lockin_fast::multiprocessors() { return emulator::processors; }
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
-// The order in which threads take their turns: 0 as numbered, 1 backwards, any other a seed. And the size of the GPU.
+// The order in which threads take their turns: 0 as numbered, 1 backwards, any other a seed. With an even one a warp
+// runs as far as it gets before another does, with an odd one all advance together. And the size of the GPU.
 EXPORTED void emulate(unsigned seed, int multiprocessors) {
   emulator::order = seed;
   emulator::random_order.seed(seed);

@@ -140,6 +140,13 @@ def test_block_penalty_on_a_gpu_of_any_size(emulation, order, dtype, processors)
     assert (active - torch.ops.lockin_fast.block_penalty(*p.op_arguments)[2]).abs() <= (~clear_of_steps(p)).sum()
 
 
+def shifted(x, by):
+    """`x` [rows, columns] at an address `by` elements further than any alignment, and with a longer stride."""
+    wide = torch.full((x.shape[0], x.shape[1] + 7), 9.0, dtype=x.dtype)
+    wide[:, by : by + x.shape[1]] = x
+    return wide[:, by : by + x.shape[1]]
+
+
 def nf4(tokens, width, blocksize, outliers, dtype, seed=0):
     """Random codes, scales and outliers, and what they decode to by the formula."""
     make = torch.Generator().manual_seed(seed)
@@ -161,31 +168,25 @@ CODEBOOK = torch.tensor(
 
 
 @pytest.mark.parametrize("outliers", [0, 1, 11])
-@pytest.mark.parametrize(("tokens", "width", "blocksize"), [(37, 128, 64), (9, 90, 6), (18, 320, 32), (5, 50, 2)])
+@pytest.mark.parametrize("by", [0, 1])
+@pytest.mark.parametrize(("tokens", "width", "blocksize"), [(37, 128, 64), (18, 320, 32), (9, 48, 16)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_block_penalty_decodes_nf4_to_the_bits_of_a_dense_reference(
-    emulation, order, dtype, tokens, width, blocksize, outliers
+    emulation, order, dtype, tokens, width, blocksize, by, outliers
 ):
     if not hasattr(emulation.ops, "block_penalty_nf4"):
         pytest.skip("block_penalty_nf4 is not defined")
     order(5, 2)
     p = problem(tokens, width, 21, dtype, masked=True, threshold=True, margin=True)
+    p.h = shifted(p.h, by) if by else p.h
     packed, dense = nf4(tokens, width, blocksize, outliers, dtype)
     p.h_ref = dense
     expected = emulation.ops.block_penalty(*p.op_arguments)
-    latents = p.h, p.weight, p.bias, p.sign
-    found = emulation.ops.block_penalty_nf4(*latents, *packed, p.mask, p.threshold, p.margin, False, blocksize)
+    latents = p.weight, p.bias, p.sign, *packed, p.mask, p.threshold
+    found = emulation.ops.block_penalty_nf4(p.h, *latents, p.margin, False, blocksize)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    p.h = dense
-    same = emulation.ops.block_penalty_nf4(dense, *latents[1:], *packed, p.mask, p.threshold, None, True, blocksize)
+    same = emulation.ops.block_penalty_nf4(shifted(dense, by) if by else dense, *latents, None, True, blocksize)
     assert not same[0].any() and not same[1].any() and same[2] == 0
-
-
-def shifted(x, by):
-    """`x` [rows, columns] at an address `by` elements further than any alignment, and with a longer stride."""
-    wide = torch.full((x.shape[0], x.shape[1] + 7), 9.0, dtype=x.dtype)
-    wide[:, by : by + x.shape[1]] = x
-    return wide[:, by : by + x.shape[1]]
 
 
 @pytest.mark.parametrize("which", ["h", "h_ref", "weight"])
