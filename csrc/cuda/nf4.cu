@@ -147,7 +147,10 @@ __global__ void __launch_bounds__(kThreads, 2) quantize_kernel(Quantize q) {
       }
       if (first > 0) continue;
       T* outliers = static_cast<T*>(p.outliers) + row * p.channel_count;
-      for (int64_t i = threadIdx.x % kWarp; i < p.channel_count; i += kWarp) outliers[i] = h[p.channels[i]];
+      for (int64_t i = threadIdx.x % kWarp; i < p.channel_count; i += kWarp) {
+        const int64_t channel = p.channels[i];
+        outliers[i] = channel >= 0 && channel < p.width ? h[channel] : T{};  // nobody here can raise
+      }
     }
   }
 }
