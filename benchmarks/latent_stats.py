@@ -11,16 +11,16 @@ from benchmarks.case import Case, Work
 TOKENS, WIDTH, LATENTS = 2048, 4096, 65536
 
 
-def reduced(z):
-    return z.sum(0), z.square().sum(0), (z > 0).sum(0)
+def reduced(z, z_ref=None):
+    value = z.float() if z_ref is None else z.float() - z_ref.float()
+    counts = [(active > 0).sum(0) for active in (z, z_ref) if active is not None]
+    return value.sum(0), value.square().sum(0), *counts
 
 
 def encode_everything(h, h_ref, weight, bias):
     """As users write it: all latents of both streams, then the sums."""
-    z = torch.relu(torch.nn.functional.linear(h, weight, bias))
-    if h_ref is None:
-        return reduced(z.float())
-    return reduced(z.float() - torch.relu(torch.nn.functional.linear(h_ref, weight, bias)).float())
+    streams = [h] if h_ref is None else [h, h_ref]
+    return reduced(*(torch.relu(torch.nn.functional.linear(x, weight, bias)) for x in streams))
 
 
 def work(dtype, streams):
@@ -35,7 +35,7 @@ def work(dtype, streams):
             torch.mm(h, weight.t(), out=out)
 
     def encoded_by(encode):
-        return lambda: reduced((encode(h) if h_ref is None else encode(h) - encode(h_ref)).float())
+        return lambda: reduced(*(encode(x) for x in (h, h_ref) if x is not None))
 
     others = {name: encoded_by(encode) for name, encode in peers.sae_encoders(weight, bias).items()}
     return Work(
@@ -54,7 +54,7 @@ def work(dtype, streams):
 
 
 def cases():
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for streams, label in ((1, "one stream"), (2, "difference of two streams")):
             shape = {"T": TOKENS, "d": WIDTH, "F": LATENTS, "dtype": dtype}
             name = f"{label}, {str(dtype)[6:]}"

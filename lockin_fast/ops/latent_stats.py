@@ -11,11 +11,13 @@ import torch
 
 from lockin_fast.dispatch import define
 from lockin_fast.ops import _checks, _wide
+from lockin_fast.ops.nf4_tensor import NF4Tensor
 
 SCHEMA = (
     "(Tensor h, Tensor weight, Tensor bias, Tensor? h_ref, Tensor? threshold, Tensor? mask) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+DECODED_ELEMENTS = 2**22  # of an NF4 reference at a time: 16 MB in fp32
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ def latent_stats(h, weight, bias, *, h_ref=None, threshold=None, mask=None):
     Arguments
         h: hidden states [..., d], float32, float16 or bfloat16.
         weight, bias: encoder rows [F, d] and [F] in normal form; cast to h's dtype, 16 MB at a time, and float32.
-        h_ref: a second stream of the same tokens, shape and dtype of h.
+        h_ref: a second stream of the same tokens, shape and dtype of h; or an `NF4Tensor` of that shape, decoded to
+            h's dtype some tokens at a time, 16 MB at most.
         threshold: JumpReLU thresholds [F]; None is a plain ReLU.
         mask: bool [...], True for tokens that count. None counts all.
 
@@ -145,18 +148,39 @@ def latent_stats(h, weight, bias, *, h_ref=None, threshold=None, mask=None):
     """
     latents = _checks.rows(weight, bias)
     tokens = _checks.hidden("h", h, weight.shape[1])
-    if h_ref is not None:
-        _checks.tensor("h_ref", h_ref, "of the shape and dtype of h, or None")
+    if isinstance(h_ref, NF4Tensor):
+        if h_ref.shape != h.shape:
+            raise ValueError(
+                f"h_ref: got an NF4Tensor {tuple(h_ref.shape)}, expected {tuple(h.shape)} as h; "
+                "run the reference on the same batch"
+            )
+    elif h_ref is not None:
+        _checks.tensor("h_ref", h_ref, "of the shape and dtype of h, an NF4Tensor, or None")
         h_ref = _checks.reference(h_ref, h)
     _checks.per_latent("threshold", threshold, latents, optional=True)
     mask = _checks.token_mask(mask, h.shape[:-1])
     _checks.same_device(h, weight=weight, bias=bias, h_ref=h_ref, threshold=threshold, mask=mask)
     bias, threshold = _checks.fp32(bias), _checks.fp32(threshold)
     sums = [
-        _op(tokens, rows, bias[part], h_ref, threshold if threshold is None else threshold[part], mask)
+        _sums(tokens, rows, bias[part], h_ref, None if threshold is None else threshold[part], mask)
         for part, rows in _wide.cast_parts(weight, h.dtype)
     ]
     if len(sums) == 1:
         return LatentStats(*sums[0])
     *per_latent, total = zip(*sums, strict=True)
     return LatentStats(*map(torch.cat, per_latent), total[0])
+
+
+def _sums(h, weight, bias, h_ref, threshold, mask):
+    """The op; where the reference is in NF4, on some tokens after others, so that it is never decoded as a whole."""
+    if not isinstance(h_ref, NF4Tensor):
+        return _op(h, weight, bias, h_ref, threshold, mask)
+    size = max(DECODED_ELEMENTS // max(h.shape[1], 1), 1)
+    total = None
+    for start in range(0, max(h.shape[0], 1), size):
+        block = slice(start, start + size)
+        decoded = h_ref.rows(block).dequantize(h.dtype)
+        sums = _op(h[block], weight, bias, decoded, threshold, None if mask is None else mask[block])
+        total = sums if total is None else [a + b for a, b in zip(total, sums, strict=True)]
+        del decoded  # before the next is made
+    return total

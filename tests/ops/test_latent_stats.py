@@ -77,6 +77,28 @@ def test_a_weight_cast_in_parts_changes_nothing_but_rounding(ref, monkeypatch):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("outliers", [0, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_reference_in_nf4_is_its_decoded_self_a_few_tokens_at_a_time(dtype, outliers, monkeypatch):
+    p = problem(30, 64, 21, dtype, masked=True, threshold=True)
+    packed = lockin_fast.quantize_nf4(p.h_ref.view(3, 10, 64), outliers=outliers)
+    decoded = []
+    decode = type(packed).dequantize
+    monkeypatch.setattr(type(packed), "dequantize", lambda self, *to: decoded.append(self.shape) or decode(self, *to))
+    monkeypatch.setattr(op_module, "DECODED_ELEMENTS", 64 * 7)
+    h, mask = p.h.view(3, 10, 64), p.mask.view(3, 10)
+    for weight in (p.weight, p.weight.double()):
+        found = lockin_fast.latent_stats(h, weight, p.bias, h_ref=packed, threshold=p.threshold, mask=mask)
+    assert decoded == [(7, 64)] * 4 + [(2, 64)] + [(7, 64)] * 4 + [(2, 64)]
+    expected = lockin_fast.latent_stats(
+        p.h, p.weight, p.bias, h_ref=decode(packed, dtype).view(30, 64), threshold=p.threshold, mask=p.mask
+    )
+    for name in FIELDS:
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-12, atol=1e-12, msg=name)
+    nothing = lockin_fast.latent_stats(h[:0], p.weight, p.bias, h_ref=lockin_fast.quantize_nf4(h[:0]))
+    assert nothing.tokens == 0 and not nothing.sum.any() and nothing.count_ref.shape == (21,)
+
+
 def test_merging_equals_one_pass():
     p = problem(90, 48, 20, torch.float32, masked=True)
 
@@ -167,12 +189,15 @@ def test_errors_name_the_argument():
     for changes, text in (
         ({"h_ref": p.h[:5]}, r"^h_ref: got torch.float32 \(5, 48\)"),
         ({"h_ref": p.h.bfloat16()}, "^h_ref: got torch.bfloat16"),
+        ({"h_ref": lockin_fast.quantize_nf4(p.h[:5], blocksize=16)}, r"^h_ref: got an NF4Tensor \(5, 48\)"),
         ({"threshold": torch.zeros(5)}, r"^threshold: got shape \(5,\)"),
         ({"mask": torch.ones(5, dtype=torch.bool)}, r"^mask: got shape \(5,\)"),
     ):
         with pytest.raises(ValueError, match=text):
             lockin_fast.latent_stats(p.h, p.weight, p.bias, **changes)
-    with pytest.raises(TypeError, match="^h_ref: got list, expected a tensor of the shape and dtype of h, or None"):
+    with pytest.raises(
+        TypeError, match="^h_ref: got list, expected a tensor of the shape and dtype of h, an NF4Tensor, or None"
+    ):
         lockin_fast.latent_stats(p.h, p.weight, p.bias, h_ref=[0.0])
 
 
