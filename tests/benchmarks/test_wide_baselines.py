@@ -28,7 +28,7 @@ def test_latent_stats(streams, monkeypatch):
 
 
 def test_encode_topk(monkeypatch):
-    small(encode_topk, monkeypatch, KEPT=2)
+    small(encode_topk, monkeypatch, LATENTS=3000, KEPT=2)
     providers = encode_topk.work(torch.float32).providers
     ours, eager = providers["encode_topk"](), providers["encode everything"]()
     assert (ours.values > 0).all()
