@@ -2,6 +2,7 @@
 
 from importlib import import_module
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from ahead_of_time import SHARED_KB, Inputs, check  # noqa: E402
 
-from lockin_fast.kernels.triton import _tiles  # noqa: E402
+from lockin_fast.kernels.triton import _configs, _tiles  # noqa: E402
 
 pytestmark = pytest.mark.skipif(_tiles.INTERPRETING, reason="kernels are interpreted in this run, not compiled")
 
@@ -58,9 +59,13 @@ LAUNCHES = {
 }
 
 
+PROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
+
+
 def compiles(name, chip, dtype, latents, folder):
     module, inputs = kernels(name.split()[0]), Inputs(dtype, latents)
-    check(chip, dtype, lambda: LAUNCHES[name](module, inputs), folder)
+    with mock.patch.object(_configs, "chip", lambda device: _configs.Chip(chip, PROCESSORS[chip])):
+        check(chip, dtype, lambda: LAUNCHES[name](module, inputs), folder)
 
 
 def test_every_file_of_kernels_is_here():
