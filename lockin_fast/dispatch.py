@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 
 import torch
 
@@ -28,6 +29,7 @@ _library = torch.library.Library("lockin_fast", "FRAGMENT")
 _served = {}  # (op, device) -> (backend, why)
 _references = {}  # op -> the plain torch implementation
 _detours = {}  # (op, device) -> which calls do not reach the backend that serves the others
+_interpreter = Lock()  # triton's keeps its state in globals: one kernel at a time
 _fallbacks = Counter()  # (op, device, reason) -> calls
 
 
@@ -238,7 +240,8 @@ def _triton_kernel(op, device):
             launch = getattr(import_module(f"lockin_fast.kernels.triton.{file_of(op)}"), op)
         try:
             if device == "cpu":
-                return launch(*args)
+                with _interpreter:
+                    return launch(*args)
             with torch.cuda.device(args[0].device):
                 return launch(*args)
         except Refused as reason:

@@ -87,7 +87,11 @@ def check(chip, dtype, call, folder, wanted=None):
 
     `wanted` is what the code of the kernel that multiplies must contain besides, e.g. wgmma.mma_async.
     """
+    distinct = {}
     for kernel, values, options in launches(call):
+        shapes = tuple(v if not isinstance(v, torch.Tensor) else v.dtype for v in values.values())
+        distinct[kernel, shapes] = kernel, values, options
+    for kernel, values, options in distinct.values():
         compiled = compile_for(chip, kernel, values, options)
         used, ptx = resources(compiled, folder), compiled.asm["ptx"]
         label = f"{kernel.__name__} for sm_{chip}, {options}: {used}, {compiled.metadata.shared} bytes shared"

@@ -269,3 +269,20 @@ def scratch_mb(*arguments):
 )
 def test_scratch_memory(tokens, latents, dtype, weight_dtype):
     assert scratch_mb(tokens, 256, latents, 64, dtype, weight_dtype) < 64
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET", "") in ("", "0"), reason="a test of the interpreted kernel")
+def test_slabs_of_the_triton_kernel_change_nothing_and_what_it_cannot_hold_falls_back(monkeypatch):
+    from lockin_fast.kernels.triton import encode_topk as kernel
+
+    h, weight, bias = small_integers(70, 48, 77, torch.float32)
+    threshold = torch.arange(77).remainder(7) - 2.0
+    monkeypatch.setattr(kernel, "ROWS", 40)
+    monkeypatch.setattr(kernel, "COLUMNS", 30)
+    for k in (1, 9, 29, 31, 77):  # fewer and more than a slab has
+        found = lockin_fast.encode_topk(h, weight, bias, k, threshold=threshold)
+        assert_exact(found, whole(exact(h, weight, bias, threshold), k))
+    monkeypatch.setattr(kernel, "MOST", 8)
+    assert_exact(lockin_fast.encode_topk(h, weight, bias, 9), whole(exact(h, weight, bias), 9))
+    row = next(r for r in lockin_fast.backends() if (r.op, r.device) == ("encode_topk", "cpu"))
+    assert row.fallbacks == {"more than 8 latents of a token do not fit in registers": 1}

@@ -29,6 +29,8 @@ def nf4_operands(x):
 # One line a launch: "<file> <which>": the module and the inputs to a call of it.
 LAUNCHES = {
     "encode_latents": lambda m, x: m.encode_latents(x.h, x.weight, x.bias, x.threshold),
+    "encode_latents wide": lambda m, x: m.encode_latents(x.h, x.of(3000, x.d), x.of(3000, dtype=torch.float32), None),
+    "encode_topk": lambda m, x: m.encode_topk(x.h, x.of(8192, x.d), x.of(8192, dtype=torch.float32), None, 64),
     "block_penalty h_ref": lambda m, x: m.block_penalty(
         x.h, x.weight, x.bias, x.sign, None, x.h_ref, x.mask, x.threshold, x.margin, False
     ),
@@ -60,12 +62,16 @@ LAUNCHES = {
 
 
 PROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
+# What the products of a whole SAE have to run on, where there is more than mma.sync.
+WIDE = "encode_latents wide", "encode_topk", "latent_stats"
+FASTEST = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
 def compiles(name, chip, dtype, latents, folder):
     module, inputs = kernels(name.split()[0]), Inputs(dtype, latents)
+    wide = name.startswith(WIDE) and dtype != torch.float32
     with mock.patch.object(_configs, "chip", lambda device: _configs.Chip(chip, PROCESSORS[chip])):
-        check(chip, dtype, lambda: LAUNCHES[name](module, inputs), folder)
+        check(chip, dtype, lambda: LAUNCHES[name](module, inputs), folder, FASTEST.get(chip) if wide else None)
 
 
 def test_every_file_of_kernels_is_here():

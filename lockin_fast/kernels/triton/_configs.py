@@ -21,7 +21,7 @@ WIDE_LATENTS = 128  # more than these are tiled like a large product
 class Chip(NamedTuple):
     """A chip as the configurations know it."""
 
-    kind: int  # 80: 163 KB of shared memory; 90: 227 KB and wgmma; 100: 227 KB and tcgen05; 120: 99 KB (8.6 and 8.9 too)
+    kind: int  # 80: 163 KB of shared memory; 90: 227 KB, wgmma; 100: 227 KB, tcgen05; 120: 99 KB, as 8.6 and 8.9
     processors: int
 
 

@@ -1,4 +1,4 @@
-"""What the kernels share: the tile product h W^T of one stream or two, and what the interpreter cannot be trusted with."""
+"""What the kernels share: the tile product h W^T of one stream or two, and what the interpreter cannot do."""
 
 import torch
 import triton
@@ -48,7 +48,7 @@ def project(
 
 @triton.jit
 def floor_of(threshold, latents, K):
-    """What a pre-activation has to exceed for the latent to be on: max(threshold, 0)."""
+    """What a pre-activation has to exceed for the latent to be on: max(threshold, 0), one a latent."""
     floor = tl.zeros(latents.shape, dtype=tl.float32)
     if threshold is not None:
         floor = tl.maximum(tl.load(threshold + latents, mask=latents < K, other=0.0), 0.0)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from lockin_fast.kernels import Refused
-from lockin_fast.kernels.triton._tiles import check_dtype, with_rows
+from lockin_fast.kernels.triton._tiles import INTERPRETING, check_dtype, with_rows
 from lockin_fast.kernels.triton.encode_latents import encode_into
 
 ROWS, COLUMNS = 1536, 8192  # of the scratch memory: 48 MB; 384 tiles of a product are 2.9 rounds of 132 processors
@@ -24,50 +24,57 @@ def _key(value):
 
 
 @triton.jit
-def _count(chosen):
-    return tl.sum(tl.where(chosen, 1.0, 0.0), axis=0).to(tl.int32)
+def _value(key):
+    return tl.where(key == 0x7F800001, float("nan"), key.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _places(key, cut, spare):
+    """Which keys are taken, all above the cut and the first `spare` at it, and their places among those, from one."""
+    order = tl.cumsum(tl.where(key > cut, 1, tl.where(key == cut, 0x10000, 0)), 1)  # both counts in one scan
+    above, equal = order & 0xFFFF, order >> 16
+    return (key > cut) | ((key == cut) & (equal <= spare)), above + tl.minimum(equal, spare)
 
 
 @triton.jit
 def select_kernel(
-    z, z_stride, values, indices, first, columns, k, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
+    z, z_stride, values, indices, first, columns, T, k, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    c = tl.arange(0, BLOCK_C)
-    slot = tl.arange(0, BLOCK_L)
-    listed = slot < k
-    values += row * k
-    indices += row * k
-    old_value = tl.load(values + slot, mask=listed, other=0.0)
-    old_index = tl.load(indices + slot, mask=listed, other=-1)
-    new_value = tl.load(z + row * z_stride + c, mask=c < columns, other=0.0)
+    token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+    c, slot = tl.arange(0, BLOCK_C)[None, :], tl.arange(0, BLOCK_L)[None, :]
+    listed, real = (token < T) & (slot < k), (token < T) & (c < columns)
+    place = token * k
+    index = tl.load(indices + place + slot, mask=listed, other=-1)
     # An empty place in the list is below every value; what is no place at all is below that.
-    old = tl.where(old_index >= 0, _key(old_value), -1)
-    low = tl.min(tl.where(listed, old, 0x7FFFFFFF), axis=0)
+    old = tl.where(index >= 0, _key(tl.load(values + place + slot, mask=listed, other=0.0)), -1)
+    low = tl.min(tl.where(listed, old, 0x7FFFFFFF), axis=1)
     old = tl.where(listed, old, -2)
-    new = tl.where(c < columns, _key(new_value), -2)
-    high = tl.max(new, axis=0)
-    if high > low:
+    new = tl.where(real, _key(tl.load(z + token * z_stride + c, mask=real, other=0.0)), -2)
+    high = tl.max(new, axis=1)
+    high = tl.where(high > low, tl.maximum(high, tl.max(old, axis=1)), low)
+    if tl.max(high - low, axis=0) > 0:
         # The k-th largest of both: the greatest key that at least k of them reach.
-        high = tl.maximum(high, tl.max(old, axis=0))
-        while low < high:
+        while tl.max(high - low, axis=0) > 0:
             middle = low + (high - low + 1) // 2
-            reach = _count(old >= middle) + _count(new >= middle)
+            reach = tl.sum(tl.where(old >= middle[:, None], 1, 0), axis=1)
+            reach += tl.sum(tl.where(new >= middle[:, None], 1, 0), axis=1)
             high = tl.where(reach == k, middle, tl.where(reach < k, middle - 1, high))
             low = tl.where(reach >= k, middle, low)
-        # Above it all, of its equals the first: those listed, then in the order of their indices.
-        spare = k - _count(old > low) - _count(new > low)
-        old_equal, new_equal = tl.where(old == low, 1, 0), tl.where(new == low, 1, 0)
-        old_taken = (old > low) | ((old == low) & (tl.cumsum(old_equal, 0) <= spare))
-        spare -= _count(old == low)
-        new_taken = (new > low) | ((new == low) & (tl.cumsum(new_equal, 0) <= spare))
-        old_place = tl.cumsum(tl.where(old_taken, 1, 0), 0) - 1
-        new_place = tl.cumsum(tl.where(new_taken, 1, 0), 0) - 1 + _count(old_taken)
+        # Of its equals the first: those listed, then in the order of their indices.
+        cut = low[:, None]
+        above = tl.sum(tl.where(old > cut, 1, 0), axis=1)
+        spare = k - above - tl.sum(tl.where(new > cut, 1, 0), axis=1)
+        equal = tl.minimum(tl.sum(tl.where(old == cut, 1, 0), axis=1), spare)
+        old_taken, old_place = _places(old, cut, spare[:, None])
+        new_taken, new_place = _places(new, cut, (spare - equal)[:, None])
+        old_place += place - 1
+        new_place += place + (above + equal - 1)[:, None]
         tl.debug_barrier()  # the list is read by all before any of it is overwritten
-        tl.store(values + old_place, old_value, mask=old_taken)
-        tl.store(indices + old_place, old_index, mask=old_taken)
-        tl.store(values + new_place, new_value, mask=new_taken)
-        tl.store(indices + new_place, (first + c).to(tl.int64), mask=new_taken)
+        tl.store(values + old_place, _value(old), mask=old_taken)
+        tl.store(indices + old_place, index, mask=old_taken)
+        tl.store(values + new_place, _value(new), mask=new_taken)
+        tl.store(indices + new_place, (first + c).to(tl.int64) + 0 * token, mask=new_taken)
 
 
 def encode_topk(h, weight, bias, threshold, k):
@@ -83,6 +90,7 @@ def encode_topk(h, weight, bias, threshold, k):
         return values, indices
     scratch = torch.empty((min(T, ROWS), min(F, COLUMNS)), dtype=torch.float32, device=h.device)
     block, slots = triton.next_power_of_2(scratch.shape[1]), triton.next_power_of_2(k)
+    tokens = 64 if INTERPRETING else 1  # of a program
     for t0 in range(0, T, ROWS):
         rows = slice(t0, t0 + ROWS)
         for first in range(0, F, COLUMNS):
@@ -90,9 +98,9 @@ def encode_topk(h, weight, bias, threshold, k):
             floor = None if threshold is None else threshold[part]
             z = scratch[: h[rows].shape[0], : weight[part].shape[0]]
             encode_into(z, h[rows], weight[part], bias[part], floor)
-            select_kernel[(z.shape[0],)](
-                z, z.stride(0), values[rows], indices[rows], first, z.shape[1], k, block, slots,
-                num_warps=min(max(block // 1024, 4), 8),
+            select_kernel[(triton.cdiv(z.shape[0], tokens),)](
+                z, z.stride(0), values[rows], indices[rows], first, z.shape[1], z.shape[0], k, tokens, block, slots,
+                num_warps=min(max(block // 512, 4), 16),
             )  # fmt: skip
     values, order = values.sort(dim=1, descending=True, stable=True)
     return values, indices.gather(1, order)

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lockin_fast.kernels.triton._tiles import INTERPRETING, activate, check_dtype, with_rows
+from lockin_fast.kernels.triton._tiles import INTERPRETING, activate, check_dtype, floor_of, with_rows
 
 LAUNCH = {"num_warps": 4, "num_stages": 3}
 
@@ -39,7 +39,8 @@ def diff_kernel(
     tl.store(projection + out, tl.where(keep[:, None], moved, nothing), mask=tile)
     if bias is not None:
         pre += tl.load(bias + latents, mask=latents < K, other=0.0)[None, :]
-        z = activate(pre + moved, threshold, latents, K) - activate(pre, threshold, latents, K)
+        floor = floor_of(threshold, latents, K)[None, :]
+        z = activate(pre + moved, floor) - activate(pre, floor)
         tl.store(change + out, tl.where(keep[:, None], z, nothing), mask=tile)
     if tl.program_id(1) == 0:
         tl.store(norm + p, tl.where(keep, tl.sqrt(squares), nothing), mask=p < P)
