@@ -95,7 +95,7 @@ def backward(weight, latents):
     the fp32 coefficients and runs on tensor cores; fp32 products stay fp32.
     """
     return {
-        "BLOCK_T": 32,
+        "BLOCK_T": 32 if INTERPRETING else 16,
         "BLOCK_K": min(max(triton.next_power_of_2(latents), 16), 32),
         "BLOCK_D": 128,
         "PRECISION": "ieee" if weight.dtype == torch.float32 or INTERPRETING else "tf32x3",

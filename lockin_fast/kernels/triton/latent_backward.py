@@ -17,27 +17,35 @@ def backward_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = tokens < T
     upstream = tl.load(scale + tokens * scale_stride, mask=inside, other=0.0)[:, None]
+    written = inside
+    if IN_PLACE:  # a token on which nothing is active is neither read nor written
+        some = tl.zeros((BLOCK_T,), dtype=tl.int32)
+        for k0 in range(0, K, BLOCK_K):
+            c = _scaled(coefficient, upstream, tokens, inside, k0, K, BLOCK_K)
+            some = tl.maximum(some, tl.max((c != 0.0).to(tl.int32), axis=1))
+        written = inside & (some > 0)
+    tile = written[:, None] & (d < D)[None, :]
+    if grad is not None:  # under way while the product is taken
+        before = tl.load(grad + tokens[:, None] * grad_stride + d[None, :], mask=tile, other=0.0)
     acc = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
-    touched = tl.zeros((BLOCK_T,), dtype=tl.int32)
     for k0 in range(0, K, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        c = tl.load(coefficient + tokens[:, None] * K + k[None, :], mask=inside[:, None] & (k < K)[None, :], other=0.0)
-        c = tl.where(c == 0.0, 0.0, c * upstream)  # a zero coefficient adds nothing, whatever the scale
-        some = tl.max((c != 0.0).to(tl.int32), axis=1)
-        if tl.max(some, axis=0) > 0:
+        c = _scaled(coefficient, upstream, tokens, inside, k0, K, BLOCK_K)
+        if tl.sum((c != 0.0).to(tl.int32)) > 0:
+            k = k0 + tl.arange(0, BLOCK_K)
             place = weight + k.to(tl.int64)[:, None] * D + d[None, :]
             w = tl.load(place, mask=(k < K)[:, None] & (d < D)[None, :], other=0.0)
             acc = tl.dot(c, w.to(tl.float32), acc, input_precision=PRECISION)
-        touched = tl.maximum(touched, some)
-    if IN_PLACE:
-        written = (inside & (touched > 0))[:, None] & (d < D)[None, :]
-        acc += tl.load(grad + tokens[:, None] * grad_stride + d[None, :], mask=written, other=0.0).to(tl.float32)
-        tl.store(grad + tokens[:, None] * grad_stride + d[None, :], acc, mask=written)
-    else:
-        tile = inside[:, None] & (d < D)[None, :]
-        if grad is not None:
-            acc += tl.load(grad + tokens[:, None] * grad_stride + d[None, :], mask=tile, other=0.0).to(tl.float32)
-        tl.store(out + tokens[:, None] * out_stride + d[None, :], acc, mask=tile)
+    if grad is not None:
+        acc += before.to(tl.float32)
+    tl.store(out + tokens[:, None] * out_stride + d[None, :], acc, mask=tile)
+
+
+@triton.jit
+def _scaled(coefficient, upstream, tokens, inside, k0, K, BLOCK_K: tl.constexpr):
+    """scale * coefficient of a tile; a zero coefficient adds nothing, whatever the scale."""
+    k = k0 + tl.arange(0, BLOCK_K)
+    c = tl.load(coefficient + tokens[:, None] * K + k[None, :], mask=inside[:, None] & (k < K)[None, :], other=0.0)
+    return tl.where(c == 0.0, 0.0, c * upstream)
 
 
 def _launch(coefficient, scale, weight, grad, out, in_place):
