@@ -32,6 +32,7 @@ __global__ void __launch_bounds__(kThreads, kTiles > 4 ? 1 : 2) tensor_core_kern
       for (; c - 8 * q < p.width; c += shares * kStep) {
         const auto now = next;
         next = rows.read(c + shares * kStep);
+        __syncwarp();  // the products take the warp as one, and reading can part it
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
           if (8 * n >= launch.latents) break;

@@ -14,11 +14,11 @@ void mma_16x8x16(T, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
   EMULATED_MMA_16X8X16(d, a, b, static_cast<float (*)(T)>(to_float));
 }
 #else
-#define LOCKIN_FAST_MMA(type)                                                                                     \
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, " \
-      "{%0, %1, %2, %3};"                                                                                         \
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                            \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+#define LOCKIN_FAST_MMA(type)                                                                      \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, "    \
+               "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                     \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                    \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
 
 __device__ __forceinline__ void mma_16x8x16(bf16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   LOCKIN_FAST_MMA("bf16");
