@@ -1,5 +1,5 @@
-// A warp takes a few tokens and a part of the width, and reads the weight of a latent once for all of them; latents that
-// are quiet in each of its tokens cost nothing, and tokens with none are not touched.
+// A warp takes a few tokens and a part of the width, and reads the weight of a latent once for all of them; latents
+// that are quiet in each of its tokens cost nothing, and tokens with none are not touched.
 #include "latent_backward.h"
 
 #include "launch.h"
@@ -12,7 +12,7 @@ constexpr unsigned kAll = 0xffffffffu;
 constexpr int kTokens = 4;        // of a warp
 constexpr int kQuadsPerPart = 4;  // that a lane takes of a row, one after the other
 
-// What the rows of 32 latents are multiplied by, a latent per lane. A zero coefficient adds nothing, whatever the scale.
+// What the rows of 32 latents are multiplied by, one per lane; a zero coefficient adds nothing, whatever the scale.
 struct Factors {
   float of[kTokens];
 
@@ -90,17 +90,15 @@ __global__ void __launch_bounds__(kThreads) latent_backward_kernel(const LatentB
 
 template <class T>
 const char* start(const LatentBackwardParams& p, void* stream) {
-  const auto aligned = [&](const void* rows, int64_t stride) {
-    return in_quads(rows, stride * static_cast<int64_t>(sizeof(T)), p.width * static_cast<int64_t>(sizeof(T)));
-  };
-  const int64_t tokens = kWarpsPerBlock * kTokens;
-  const int64_t part = static_cast<int64_t>(kWarp) * kPerQuad<T> * kQuadsPerPart;
-  const int64_t parts = (p.width + part - 1) / part;
-  const dim3 grid(static_cast<unsigned>((p.tokens + tokens - 1) / tokens), static_cast<unsigned>(parts < 65535 ? parts : 65535));
-  if (aligned(p.out, p.out_stride) && aligned(p.weight, p.weight_stride) && (!p.grad || aligned(p.grad, p.grad_stride))) {
-    return LOCKIN_FAST_LAUNCH((latent_backward_kernel<T, true>), grid, kThreads, 0, stream, p);
-  }
-  return LOCKIN_FAST_LAUNCH((latent_backward_kernel<T, false>), grid, kThreads, 0, stream, p);
+  constexpr int64_t kSize = sizeof(T), kPart = kWarp * kPerQuad<T> * kQuadsPerPart, kRows = kWarpsPerBlock * kTokens;
+  const bool aligned = in_quads(p.out, p.out_stride * kSize, p.width * kSize) &&
+                       in_quads(p.weight, p.weight_stride * kSize, p.width * kSize) &&
+                       (!p.grad || in_quads(p.grad, p.grad_stride * kSize, p.width * kSize));
+  const int64_t parts = (p.width + kPart - 1) / kPart;
+  const dim3 grid(static_cast<unsigned>((p.tokens + kRows - 1) / kRows),
+                  static_cast<unsigned>(parts < 65535 ? parts : 65535));
+  const auto kernel = aligned ? latent_backward_kernel<T, true> : latent_backward_kernel<T, false>;
+  return LOCKIN_FAST_LAUNCH(kernel, grid, kThreads, 0, stream, p);
 }
 
 }  // namespace
