@@ -82,10 +82,12 @@ def wide(which, h, latents, trial):
 def narrow(which, h, latents, trial):
     """Configuration of an op that reads `h` once for all its latents."""
     kind, processors = chip(h.device)
-    block = min(max(triton.next_power_of_2(latents), 16), WIDE_LATENTS)
+    most = 32 if h.dtype == torch.float32 else WIDE_LATENTS  # products in fp32 hold their operands in registers
+    block = min(max(triton.next_power_of_2(latents), 16), most)
     row = 256 if block <= 32 and h.dtype != torch.float32 else 128
     tokens = 32 if INTERPRETING or triton.cdiv(h.shape[0], 32) * 10 >= processors * 9 else 16
-    own = config(tokens, block, row, 4, 4 if kind == 120 else 5)
+    warps = 8 if block > 32 else 4  # what the accumulators of both streams take
+    own = config(tokens, block, row, warps, 4 if kind == 120 else 5)
     others = [config(t, block, r, 4, s) for t in (16, 32, 64) for r in (128, 256) for s in (3, 4, 5)]
     return launch(measured(which, h, latents, own, others, lambda c: trial(launch(c, h.dtype))), h.dtype)
 
