@@ -127,4 +127,58 @@ MUTATIONS = [
         "tests/cuda/test_cuda_kernels.py",
         "tests_of_the_ops_pass_on",
     ),
+    (
+        "csrc/cpu/encode_topk.cpp",
+        "if (key <= heap[child]) break;",
+        "if (key >= heap[child]) break;",
+        "tests/ops/test_encode_topk.py",
+    ),
+    (
+        "csrc/cpu/encode_topk.cpp",
+        "key_of(z[k], k0_ + k)",
+        "key_of(z[k], k0_ + k + 1)",
+        "tests/ops/test_encode_topk.py",
+    ),
+    (
+        "csrc/cpu/encode_topk.cpp",
+        "any |= !(z[k] <= floor);",
+        "any |= z[k] > floor;",
+        "tests/ops/test_encode_topk.py",
+    ),
+    (
+        "csrc/ops_cpu/encode_topk.cpp",
+        "kept.begin() + (s * tokens + t) * k",
+        "kept.begin() + (s * tokens) * k",
+        "tests/ops/test_encode_topk.py",
+    ),
+    (
+        "csrc/cpu/wide_product.h",
+        "if (!args.mask || args.mask[token]) tokens[count++] = token;",
+        "tokens[count++] = token;",
+        "tests/ops/test_latent_stats.py",
+    ),
+    (
+        "csrc/cpu/wide_product.h",
+        "use.begin(k_lot + k0, block.latents);",
+        "use.begin(k_lot, block.latents);",
+        "tests/ops/test_encode_topk.py",
+    ),
+    (
+        "csrc/cpu/latent_stats.cpp",
+        "static_cast<double>(z - z_ref)",
+        "static_cast<double>(z + z_ref)",
+        "tests/ops/test_latent_stats.py",
+    ),
+    (
+        "csrc/cpu/latent_stats.cpp",
+        "count_[k] += z > 0.0f;",
+        "count_[k] += z >= 0.0f;",
+        "tests/ops/test_latent_stats.py",
+    ),
+    (
+        "lockin_fast/ops/encode_topk.py",
+        "indices + part.start",
+        "indices",
+        "tests/ops/test_encode_topk.py",
+    ),
 ]
