@@ -9,8 +9,8 @@ namespace lockin_fast {
 // of such floats are in the floats' own order with NaN above, and among equal values the lower index comes first.
 constexpr uint64_t kLowWord = 0xffffffffu;
 
-inline int64_t key_index(uint64_t key) { return static_cast<int64_t>(kLowWord - (key & kLowWord)); }
-inline uint32_t key_bits(uint64_t key) { return static_cast<uint32_t>(key >> 32); }
+static inline int64_t key_index(uint64_t key) { return static_cast<int64_t>(kLowWord - (key & kLowWord)); }
+static inline uint32_t key_bits(uint64_t key) { return static_cast<uint32_t>(key >> 32); }
 
 struct EncodeTopkArgs {
   WideArgs wide;

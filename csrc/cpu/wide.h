@@ -5,10 +5,12 @@
 
 namespace lockin_fast {
 
+// The functions have internal linkage: no unit lends another its instructions.
+
 // Latents that threads share out.
 constexpr int64_t kWideUnit = 40;
 
-inline int64_t wide_units(int64_t latents) { return (latents + kWideUnit - 1) / kWideUnit; }
+static inline int64_t wide_units(int64_t latents) { return (latents + kWideUnit - 1) / kWideUnit; }
 
 // Packed latents that a thread holds at a time; it runs through all tokens once for each lot, so a larger one means
 // that the tokens are read from memory less often.
@@ -23,7 +25,7 @@ struct WideArgs {
 };
 
 // Latents of a lot, at least one unit.
-inline int64_t wide_lot(int64_t width, int64_t element_size) {
+static inline int64_t wide_lot(int64_t width, int64_t element_size) {
   const int64_t row = (width + kWidthPadding - 1) / kWidthPadding * kWidthPadding * element_size;
   const int64_t units = kPackedBytes / (kWideUnit * (row > 0 ? row : 1));
   return kWideUnit * (units > 1 ? units : 1);
