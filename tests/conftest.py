@@ -1,11 +1,14 @@
-"""Fixtures for the whole suite, and two switches that take parts of the package away for a run of it.
+"""Fixtures for the whole suite, and switches for a run of it on other kernels or another device.
 
 LOCKIN_FAST_TEST_WITHOUT lists what this run pretends not to have: `compiled` (the shared object), `triton`.
 LOCKIN_FAST_TEST_EMULATED=library lets the CUDA kernels serve CPU tensors in this run, through tests/cuda/emulation.py.
+LOCKIN_FAST_TEST_DEVICE=cuda makes the tensors of this run on a GPU, also those of a torch.Generator() without a device;
+tests marked `cpu` are left out. Tests marked `gpu` need a CUDA device in any run.
 """
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ import torch
 
 WITHOUT = os.environ.get("LOCKIN_FAST_TEST_WITHOUT", "").split(",")
 EMULATED = os.environ.get("LOCKIN_FAST_TEST_EMULATED")
+DEVICE = os.environ.get("LOCKIN_FAST_TEST_DEVICE", "cpu")
 
 
 class _Blocked:
@@ -37,6 +41,18 @@ if EMULATED:
     from emulation import load
 
     load(EMULATED).serve()
+if DEVICE != "cpu":
+    if not torch.cuda.is_available():
+        raise pytest.UsageError(f"LOCKIN_FAST_TEST_DEVICE={DEVICE}, but there is no CUDA device")
+    torch.set_default_device(DEVICE)
+    torch.Generator = partial(torch.Generator, device=DEVICE)
+
+
+def pytest_runtest_setup(item):
+    if DEVICE != "cpu" and item.get_closest_marker("cpu"):
+        pytest.skip(f"this run is on {DEVICE}, the test about the CPU")
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
 
 
 @pytest.fixture

@@ -18,7 +18,10 @@ HERE = Path(__file__).parent
 OPS = Path(lockin_fast.__file__).parent / "ops"
 WIDE = ["test_encode_topk.py", "test_latent_stats.py"]
 NARROW = sorted({f"test_{path.stem}.py" for path in OPS.glob("[a-z]*.py")} - set(WIDE))
-OWN = ("LOCKIN_FAST_BACKEND", "LOCKIN_FAST_CPU_ISA", "LOCKIN_FAST_TEST_WITHOUT", "TRITON_INTERPRET")
+OWN = (
+    "LOCKIN_FAST_BACKEND", "LOCKIN_FAST_CPU_ISA", "LOCKIN_FAST_TEST_WITHOUT", "LOCKIN_FAST_TEST_DEVICE",
+    "LOCKIN_FAST_TEST_EMULATED", "TRITON_INTERPRET",
+)  # fmt: skip
 
 
 def environment(**changes):
