@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 # The ops that csrc/ops_cuda serves; a test holds this list against the library.
-CUDA_OPS = ("block_penalty", "latent_backward", "latent_backward_", "patch_", "patch_diff", "steer_")
+CUDA_OPS = (
+    "block_penalty", "latent_backward", "latent_backward_", "nf4_dequantize", "nf4_quantize", "patch_", "patch_diff",
+    "steer_",
+)  # fmt: skip
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 DEFAULTS = Path(__file__).parent / "gpu_defaults.json"
