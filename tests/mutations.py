@@ -2,6 +2,31 @@
 
 MUTATIONS = [
     (
+        "csrc/cpu/block_penalty_nf4.cpp",
+        "if (args.mask) moved.mask = args.mask + begin;",
+        "moved.mask = nullptr;",
+        "tests/ops/test_block_penalty_nf4.py",
+    ),
+    (
+        "csrc/cpu/block_penalty_nf4.cpp",
+        "args.encode.out + begin * args.encode.latents",
+        "args.encode.out",
+        "tests/ops/test_block_penalty_nf4.py",
+    ),
+    (
+        "csrc/cpu/block_penalty_nf4.cpp",
+        "decode_row(reference, t, decoded);",
+        "decode_row(reference, begin, decoded);",
+        "tests/ops/test_block_penalty_nf4.py",
+    ),
+    (
+        "lockin_fast/kernels/triton/block_penalty_nf4.py",
+        "excess = s * (z - z_ref)",
+        "excess = s * (z + z_ref)",
+        "tests/ops/test_block_penalty_nf4.py",
+        "not 2304 and not 4096",
+    ),
+    (
         "csrc/cpu/nf4.cpp",
         "scratch[args.channels[channel] - i] = T{};",
         "",

@@ -3,6 +3,7 @@
 from lockin_fast import dispatch
 from lockin_fast.ops import (
     block_penalty,
+    block_penalty_nf4,
     block_penalty_tap,
     encode_latents,
     encode_topk,
@@ -22,6 +23,7 @@ dispatch.activate()
 
 __all__ = [
     "block_penalty",
+    "block_penalty_nf4",
     "block_penalty_tap",
     "encode_latents",
     "encode_topk",

@@ -41,6 +41,14 @@ def reference(h_ref, h):
     return hidden("h_ref", h_ref, h.shape[-1])
 
 
+def reference_shape(h_ref, h):
+    """Check that a packed reference `h_ref` is of the tokens of `h`."""
+    if h_ref.shape != h.shape:
+        raise ValueError(
+            f"h_ref: got {h_ref!r}, expected the shape {tuple(h.shape)} of h; run the reference on the same batch"
+        )
+
+
 def rows(weight, bias):
     """Number of latents K of frozen rows `weight` [K, d] and `bias` [K]."""
     tensor("weight", weight, "of rows [K, d]")

@@ -10,6 +10,7 @@ from lockin_fast.ops import _checks
 from lockin_fast.ops.encode_latents import inactive, preactivation
 from lockin_fast.ops.encode_latents import reference as encode_reference
 from lockin_fast.ops.latent_backward import latent_backward
+from lockin_fast.ops.nf4_tensor import NF4Tensor
 
 SCHEMA = (
     "(Tensor h, Tensor weight, Tensor bias, Tensor sign, Tensor? z_ref, Tensor? h_ref, Tensor? mask, "
@@ -58,12 +59,17 @@ define("block_penalty", SCHEMA, reference, _fake)
 op = torch.ops.lockin_fast.block_penalty.default
 
 
+def run(*args):
+    """The op on the arguments that `op_arguments` made: 10 of them, or more for a reference in NF4."""
+    return op(*args) if len(args) == 10 else torch.ops.lockin_fast.block_penalty_nf4.default(*args)
+
+
 class PerTokenPenalty(torch.autograd.Function):
     """(per_token [T], active): the op with its gradient to h, right for any upstream gradient of per_token."""
 
     @staticmethod
     def forward(ctx, *args):
-        per_token, coefficient, active = op(*args)
+        per_token, coefficient, active = run(*args)
         ctx.save_for_backward(coefficient, args[1])
         ctx.mark_non_differentiable(active)
         return per_token, active
@@ -71,7 +77,8 @@ class PerTokenPenalty(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, scale, _):
-        return latent_backward(ctx.saved_tensors[0], scale, ctx.saved_tensors[1]), *[None] * 9
+        others = [None] * (len(ctx.needs_input_grad) - 1)
+        return latent_backward(ctx.saved_tensors[0], scale, ctx.saved_tensors[1]), *others
 
 
 def op_arguments(h, weight, bias, sign, z_ref, h_ref, mask, threshold, margin, latent_reduction):
@@ -95,15 +102,21 @@ def op_arguments(h, weight, bias, sign, z_ref, h_ref, mask, threshold, margin, l
                 f"z_ref: got shape {tuple(z_ref.shape)}, expected {(*leading, count)}, one value per token and latent"
             )
         z_ref = _checks.fp32(z_ref).view(tokens.shape[0], count)
+    elif isinstance(h_ref, NF4Tensor):
+        _checks.reference_shape(h_ref, h)
     else:
         h_ref = _checks.reference(h_ref, h)
     mask = _checks.token_mask(mask, leading)
     _checks.same_device(
         h, weight=weight, bias=bias, sign=sign, z_ref=z_ref, h_ref=h_ref, mask=mask, threshold=threshold, margin=margin
     )
-    fp32 = _checks.fp32
-    per_latent = fp32(bias), fp32(sign), z_ref, h_ref, mask, fp32(threshold), fp32(margin)
-    return tokens, _checks.rows_like(weight, h), *per_latent, latent_reduction == "mean"
+    fp32, mean = _checks.fp32, latent_reduction == "mean"
+    operands = tokens, _checks.rows_like(weight, h), fp32(bias), fp32(sign)
+    options = mask, fp32(threshold), fp32(margin), mean
+    if isinstance(h_ref, NF4Tensor):
+        *packed, blocksize = h_ref.operands(h.dtype)
+        return *operands, *packed, *options, blocksize
+    return *operands, z_ref, h_ref, *options
 
 
 def count_tokens(tokens, mask):
@@ -126,7 +139,8 @@ def block_penalty(
         sign: [K], +1 to keep a latent from rising above the reference, -1 from falling below it.
         z_ref: the reference's latents [..., K]; or
         h_ref: the reference's hidden state, shape and dtype of h, encoded in the same pass with the same arithmetic, so
-            that h_ref equal to h gives exactly 0.0. Exactly one of the two; both are constants to the gradient.
+            that h_ref equal to h gives exactly 0.0; or the same as an NF4Tensor, which is decoded to h's dtype a few
+            tokens at a time. Exactly one of the two; both are constants to the gradient.
         mask: bool [...], True for tokens that count (the supervised ones). None counts all.
         threshold: JumpReLU thresholds [K]; None is a plain ReLU.
         margin: [K], how far a latent may move for free, e.g. the noise floor of a cached reference.
@@ -150,5 +164,5 @@ def block_penalty(
     if h.requires_grad and torch.is_grad_enabled():
         per_token, active = PerTokenPenalty.apply(*args)
     else:
-        per_token, _, active = op(*args)
-    return Penalty(per_token.sum(), count_tokens(args[0], args[6]), active)
+        per_token, _, active = run(*args)
+    return Penalty(per_token.sum(), count_tokens(args[0], mask), active)

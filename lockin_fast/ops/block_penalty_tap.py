@@ -4,7 +4,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from lockin_fast.ops._unshared import holders_are_seen, unshared
-from lockin_fast.ops.block_penalty import Penalty, count_tokens, op, op_arguments
+from lockin_fast.ops.block_penalty import Penalty, count_tokens, op_arguments, run
 from lockin_fast.ops.latent_backward import latent_backward, latent_backward_
 
 
@@ -13,7 +13,7 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, *args):
-        per_token, coefficient, active = op(*args)
+        per_token, coefficient, active = run(*args)
         ctx.save_for_backward(coefficient, args[1])
         ctx.mark_non_differentiable(active)
         ctx.may_write = not torch.compiler.is_compiling() and holders_are_seen()
@@ -23,12 +23,13 @@ class _Tap(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, scale, control):
         coefficient, weight = ctx.saved_tensors
+        others = [None] * (len(ctx.needs_input_grad) - 1)
         scale = scale.expand(coefficient.shape[0])
         if ctx.may_write and unshared(grad, control):
             latent_backward_(grad.view(-1, weight.shape[1]), coefficient, scale, weight)
-            return grad, *[None] * 10
+            return grad, *others
         flat = grad.reshape(-1, weight.shape[1])
-        return latent_backward(coefficient, scale, weight, flat).view(grad.shape), *[None] * 10
+        return latent_backward(coefficient, scale, weight, flat).view(grad.shape), *others
 
 
 def block_penalty_tap(
@@ -46,6 +47,6 @@ def block_penalty_tap(
     if h.requires_grad and torch.is_grad_enabled():
         out, total, active = _Tap.apply(h, args[0].detach(), *args[1:])
     else:
-        per_token, _, active = op(*args)
+        per_token, _, active = run(*args)
         out, total = h, per_token.sum()
-    return out, Penalty(total, count_tokens(args[0], args[6]), active)
+    return out, Penalty(total, count_tokens(args[0], mask), active)

@@ -37,6 +37,9 @@ LAUNCHES = {
     "block_penalty z_ref": lambda m, x: m.block_penalty(
         x.h, x.weight, x.bias, x.sign, x.z_ref, None, None, None, x.margin, True
     ),
+    "block_penalty_nf4": lambda m, x: m.block_penalty_nf4(
+        x.h, x.weight, x.bias, x.sign, *nf4_operands(x), x.mask, x.threshold, x.margin, False, 64
+    ),
     "latent_backward": lambda m, x: m.latent_backward(x.coefficient, x.scale, x.weight, x.grad),
     "latent_backward in place": lambda m, x: m.latent_backward_(x.grad, x.coefficient, x.scale, x.weight),
     "latent_stats difference": lambda m, x: m.latent_stats(x.h, x.weight, x.bias, x.h_ref, x.threshold, x.mask),
