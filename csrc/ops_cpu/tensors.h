@@ -74,6 +74,12 @@ inline const float* float_vector(const OptionalTensor& t, const char* name, int6
   return static_cast<const float*>(t->const_data_ptr());
 }
 
+inline const int64_t* indices(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Long && t.dim() == 1 && t.is_contiguous(), name,
+                  " must be a contiguous int64 vector on the CPU");
+  return static_cast<const int64_t*>(t.const_data_ptr());
+}
+
 inline Tensor empty_floats(std::initializer_list<int64_t> shape) {
   return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), ScalarType::Float);
 }

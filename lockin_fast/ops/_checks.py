@@ -146,24 +146,23 @@ def positions(positions, h):
         raise ValueError(f"positions: got shape {tuple(positions.shape)}, expected {wanted}")
     same_device(h, positions=positions)
     limits = h.shape[:2] if pairs else (h.shape[:-1].numel(),)
+    if known(positions) and positions.numel():
+        _inside(positions if pairs else positions[:, None], limits, tuple(h.shape))
     columns = positions.unbind(1) if pairs else (positions,)
+    flat = torch.add(columns[1], columns[0], alpha=limits[1]) if pairs else positions.contiguous()
     if known(positions):
-        for column, limit in zip(columns, limits, strict=True):
-            _inside(column, limit, tuple(h.shape))
-        return columns[0] * limits[1] + columns[1] if pairs else positions.contiguous()
-    valid = torch.stack([(column >= 0) & (column < limit) for column, limit in zip(columns, limits, strict=True)])
-    return torch.where(valid.all(0), columns[0] * limits[1] + columns[1] if pairs else positions, -1)
+        return flat
+    valid = [(column >= 0) & (column < limit) for column, limit in zip(columns, limits, strict=True)]
+    return torch.where(valid[0] & valid[-1], flat, -1)
 
 
-def _inside(column, limit, shape):
-    if not column.numel():
-        return
-    low, high = (int(end) for end in column.aminmax())
-    if low < 0 or high >= limit:
-        raise ValueError(
-            f"positions: got {low if low < 0 else high}, expected 0 to {limit - 1} as h is {shape}; "
-            "count from the start, not from the end"
-        )
+def _inside(positions, limits, shape):
+    for low, high, limit in zip(*(end.tolist() for end in positions.aminmax(dim=0)), limits, strict=True):
+        if low < 0 or high >= limit:
+            raise ValueError(
+                f"positions: got {low if low < 0 else high}, expected 0 to {limit - 1} as h is {shape}; "
+                "count from the start, not from the end"
+            )
 
 
 def source(source, count, h):
