@@ -1,38 +1,21 @@
 // A row's direction is widened to fp32 and its scale computed once; both stay in the cache while the positions stream by.
 #include "steer.h"
 
-#include "vec.h"
+#include "norm.h"
 
 namespace lockin_fast {
 namespace {
 
 constexpr int kStrip = 4;
 constexpr int64_t kAheadBytes = 2048;  // the next positions are fetched this far ahead
-// Sums of squares that fp32 holds to its full precision.
-constexpr float kSmallest = 1e-20f, kLargest = 1e38f;
+// Scales that fp32 holds to its full precision.
+constexpr double kSmallestScale = 1e-30, kLargestScale = 1e30;
 
 // What a row adds to each of its positions: scale * direction; nothing when there is no direction.
 struct Step {
   const float* direction;
   float scale;
 };
-
-LOCKIN_FAST_LOCAL float sum_squares(const float* v, int64_t n) {
-  Vec acc[kStrip];
-  for (Vec& lane : acc) lane = zeros();
-  int64_t i = 0;
-  for (; i + kStrip * Vec::width <= n; i += kStrip * Vec::width) {
-    for (int j = 0; j < kStrip; ++j) {
-      const Vec x = load(v + i + j * Vec::width);
-      acc[j] = fma(x, x, acc[j]);
-    }
-  }
-  float lanes[Vec::width], sum = 0.0f;
-  store(lanes, add(add(acc[0], acc[1]), add(acc[2], acc[3])));
-  for (; i < n; ++i) sum += v[i] * v[i];
-  for (float lane : lanes) sum += lane;
-  return sum;
-}
 
 template <class T>
 LOCKIN_FAST_LOCAL const float* widened(const T* from, int64_t n, float* room) {
@@ -51,23 +34,16 @@ const float* direction_of(const SteerArgs& args, int64_t index, float* room) {
   }
 }
 
-// The step along a direction whose squares leave the range of fp32, or which holds NaN or Inf: in fp64, into room.
-Step wide_step(const float* direction, float coefficient, int64_t n, float* room) {
-  double sum = 0.0;
-  for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(direction[i]) * direction[i];
-  if (sum == 0.0) return {nullptr, 0.0f};
-  const double scale = coefficient / __builtin_sqrt(sum);
-  for (int64_t i = 0; i < n; ++i) room[i] = static_cast<float>(direction[i] * scale);
-  return {room, 1.0f};
-}
-
 Step step_of(const SteerArgs& args, int64_t r, float* room) {
   const int64_t index = args.index[r];
   if (args.coefficient[r] == 0.0f || index < 0 || index >= args.count) return {nullptr, 0.0f};
   const float* direction = direction_of(args, index, room);
-  const float sum = sum_squares(direction, args.width);
-  if (!(sum >= kSmallest && sum <= kLargest)) return wide_step(direction, args.coefficient[r], args.width, room);
-  return {direction, args.coefficient[r] / __builtin_sqrtf(sum)};
+  const double length = norm(direction, args.width);
+  if (length == 0.0) return {nullptr, 0.0f};
+  const double scale = args.coefficient[r] / length, size = __builtin_fabs(scale);
+  if (size >= kSmallestScale && size <= kLargestScale) return {direction, static_cast<float>(scale)};
+  for (int64_t i = 0; i < args.width; ++i) room[i] = static_cast<float>(direction[i] * scale);
+  return {room, 1.0f};
 }
 
 template <class T>

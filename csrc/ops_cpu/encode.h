@@ -13,8 +13,8 @@ struct Encode {
   EncodeArgs args;
 };
 
-inline Encode encode_args(const Tensor& h, const Tensor& weight, const Tensor& bias, const OptionalTensor& threshold,
-                   int64_t packed_rows) {
+inline Encode encode_args(const Tensor& h, const Tensor& weight, const OptionalTensor& bias,
+                          const OptionalTensor& threshold, int64_t packed_rows) {
   STD_TORCH_CHECK(h.is_cpu(), "h must be on the CPU");
   const int64_t latents = weight.size(0);
   check_matrix(weight, "weight", latents, h.size(1));
@@ -35,15 +35,18 @@ inline Encode encode_args(const Tensor& h, const Tensor& weight, const Tensor& b
   return encode;
 }
 
-// As encode_args for a few latents: the weight packed, results to `out`.
-inline Encode packed_args(const Tensor& h, const Tensor& weight, const Tensor& bias, const OptionalTensor& threshold,
-                   const Tensor& out) {
-  Encode encode = encode_args(h, weight, bias, threshold, weight.size(0));
-  encode.args.out = static_cast<float*>(out.mutable_data_ptr());
+inline void pack_weight(const EncodeArgs& args) {
   static const auto units = LOCKIN_FAST_CHOOSE(pack_units);
   static const auto kernel = LOCKIN_FAST_CHOOSE(pack);
-  torch::stable::parallel_for(0, units(encode.args), 8,
-                              [&](int64_t first, int64_t last) { kernel(encode.args, first, last); });
+  torch::stable::parallel_for(0, units(args), 8, [&](int64_t first, int64_t last) { kernel(args, first, last); });
+}
+
+// As encode_args for a few latents: the weight packed, results to `out`.
+inline Encode packed_args(const Tensor& h, const Tensor& weight, const OptionalTensor& bias,
+                          const OptionalTensor& threshold, const Tensor& out) {
+  Encode encode = encode_args(h, weight, bias, threshold, weight.size(0));
+  encode.args.out = static_cast<float*>(out.mutable_data_ptr());
+  pack_weight(encode.args);
   return encode;
 }
 
