@@ -1,5 +1,6 @@
 """patch_ is a copy, so that everything here is exact; the oracle writes one row after the other."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -46,10 +47,10 @@ def test_pairs_are_row_and_position(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("offset", [0, 1, 7])
-def test_large_patches_reach_unaligned_rows_and_nothing_beside_them(dtype, offset):
+@pytest.mark.parametrize(("offset", "aligned"), [(0, 4096), (1, 4096), (7, 4096)])
+def test_large_patches_reach_unaligned_rows_and_nothing_beside_them(dtype, offset, aligned):
     # Beyond 4 MB rows are stored past the caches, whole lines at a time.
-    width, rows = 4096 + 13, torch.arange(600).flip(0)
+    width, rows = aligned + 13, torch.arange(600).flip(0)
     memory = torch.zeros(600, width + 2 * 16, dtype=dtype)
     h = memory[:, offset : offset + width]
     source = torch.randn(1, width).to(dtype).expand(600, width) + rows[:, None].to(dtype)
@@ -134,6 +135,7 @@ def test_autograd_sees_what_is_written_over():
         assert not patch_(x, torch.tensor([1]), torch.zeros(1, 48))[1].any()
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="triton's interpreter is not for two threads")
 def test_two_threads_at_once_and_any_number_of_threads():
     cases = [inputs(200, 2304, torch.bfloat16, seed) for seed in range(4)]
     expected = [patched(*case) for case in cases]

@@ -1,3 +1,4 @@
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -135,6 +136,7 @@ def test_autograd_sees_what_is_written_over():
         steer_(x, *arguments)
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="triton's interpreter is not for two threads")
 def test_two_threads_at_once_and_any_number_of_threads():
     cases = [inputs(8, 30, 2304, torch.bfloat16, seed=seed) for seed in range(4)]
     expected = [steer_(case[0].clone(), *case[1:]) for case in cases]

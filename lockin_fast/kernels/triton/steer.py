@@ -1,4 +1,4 @@
-"""Every row of the batch along a direction of its own: first the scale of each row, then the addition."""
+"""Every row of the batch along a direction of its own: first the norm of each row's direction, then the addition."""
 
 import torch
 import triton
@@ -11,34 +11,31 @@ BLOCK_D = 1024
 
 
 @triton.jit
-def scale_kernel(directions, index, coefficient, scale, F, D, BLOCK_D: tl.constexpr):
+def norm_kernel(directions, index, coefficient, norms, F, D, BLOCK_D: tl.constexpr):
+    """The norm of each row's direction, in fp64: squares leave fp32's range. 0 for a row that is left alone."""
     r = tl.program_id(0)
     chosen = tl.load(index + r)
-    wanted = tl.load(coefficient + r)
-    factor = wanted.to(tl.float64) * 0.0
-    if (chosen >= 0) & (chosen < F) & (wanted != 0.0):
-        squares = tl.zeros((BLOCK_D,), dtype=tl.float64)
+    squares = tl.zeros((BLOCK_D,), dtype=tl.float64)
+    if (chosen >= 0) & (chosen < F) & (tl.load(coefficient + r) != 0.0):
         for d0 in range(0, D, BLOCK_D):
             d = d0 + tl.arange(0, BLOCK_D)
             x = tl.load(directions + chosen * D + d, mask=d < D, other=0.0).to(tl.float64)
             squares += x * x
-        norm = tl.sqrt(tl.sum(squares))
-        if norm != 0.0:
-            factor = wanted.to(tl.float64) / norm
-    tl.store(scale + r, factor)
+    tl.store(norms + r, tl.sqrt(tl.sum(squares)))
 
 
 @triton.jit
-def steer_kernel(h, row_stride, stride, directions, index, scale, S, D, BLOCK_D: tl.constexpr):
+def steer_kernel(h, row_stride, stride, directions, index, coefficient, norms, S, D, BLOCK_D: tl.constexpr):
     r = tl.program_id(0).to(tl.int64) // S
     s = tl.program_id(0).to(tl.int64) % S
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    factor = tl.load(scale + r)
-    if factor != 0.0:  # NaN is unequal too
+    norm = tl.load(norms + r)
+    if norm != 0.0:  # NaN is unequal too
+        scale = tl.load(coefficient + r).to(tl.float64) / norm
         v = tl.load(directions + tl.load(index + r) * D + d, mask=d < D, other=0.0)
         place = h + r * row_stride + s * stride + d
         x = tl.load(place, mask=d < D, other=0.0).to(tl.float32)
-        tl.store(place, x + (v.to(tl.float64) * factor).to(tl.float32), mask=d < D)
+        tl.store(place, x + (v.to(tl.float64) * scale).to(tl.float32), mask=d < D)
 
 
 def steer_(h, directions, index, coefficient):
@@ -50,7 +47,8 @@ def steer_(h, directions, index, coefficient):
     if not view.numel() or not directions.shape[0]:
         return
     directions = directions.contiguous()
-    scale = torch.empty((R,), dtype=torch.float64, device=h.device)
-    scale_kernel[(R,)](directions, index, coefficient, scale, directions.shape[0], D, BLOCK_D, **LAUNCH)
-    grid = R * S, triton.cdiv(D, BLOCK_D)
-    steer_kernel[grid](view, view.stride(0), view.stride(1), directions, index, scale, S, D, BLOCK_D, **LAUNCH)
+    norms = torch.empty((R,), dtype=torch.float64, device=h.device)
+    norm_kernel[(R,)](directions, index, coefficient, norms, directions.shape[0], D, BLOCK_D, **LAUNCH)
+    steer_kernel[(R * S, triton.cdiv(D, BLOCK_D))](
+        view, view.stride(0), view.stride(1), directions, index, coefficient, norms, S, D, BLOCK_D, **LAUNCH
+    )
