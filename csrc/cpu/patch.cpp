@@ -1,6 +1,7 @@
 // Rows copied one after the other; many of them past the caches, which they would not stay in anyway.
 #include "patch.h"
 
+#include "nf4_decode.h"
 #include "stream.h"
 
 namespace lockin_fast {
@@ -14,9 +15,25 @@ LOCKIN_FAST_LOCAL void touch_pages(const char* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kPageBytes) __builtin_prefetch(row + i, 0, 2);
 }
 
+template <class T>
+void decode_to(const PatchArgs& args, const Nf4Rows& source, int64_t begin, int64_t end) {
+  for (int64_t p = begin; p < end; ++p) {
+    const int64_t row = args.rows[p];
+    if (row >= 0 && row < args.tokens) decode_row(source, p, reinterpret_cast<T*>(args.h + row * args.h_stride));
+  }
+}
+
 }  // namespace
 
 namespace LOCKIN_FAST_UNIT {
+
+void patch_nf4(const PatchArgs& args, const Nf4Rows& source, Dtype dtype, int64_t begin, int64_t end) {
+  switch (dtype) {
+    case Dtype::f32: return decode_to<float>(args, source, begin, end);
+    case Dtype::f16: return decode_to<f16>(args, source, begin, end);
+    case Dtype::bf16: return decode_to<bf16>(args, source, begin, end);
+  }
+}
 
 void patch(const PatchArgs& args, int64_t begin, int64_t end) {
   const bool streamed = args.positions * args.row_bytes >= kStreamedBytes;

@@ -1,7 +1,7 @@
-// Listed rows overwritten by others: a copy of bytes, whatever the dtype.
+// Listed rows overwritten by others: a copy of bytes, whatever the dtype, or rows decoded from NF4.
 #pragma once
 
-#include "kernels.h"
+#include "nf4.h"
 
 namespace lockin_fast {
 
@@ -17,5 +17,7 @@ struct PatchArgs {
 };
 
 LOCKIN_FAST_DECLARE(void, patch, const PatchArgs&, int64_t begin, int64_t end)
+// From rows of NF4 instead of args.source, decoded to dtype.
+LOCKIN_FAST_DECLARE(void, patch_nf4, const PatchArgs&, const Nf4Rows&, Dtype, int64_t begin, int64_t end)
 
 }  // namespace lockin_fast

@@ -44,7 +44,7 @@ LOCKIN_FAST_LOCAL Vec log_sigmoid(Vec x) {
   const Vec negated = sub(zeros(), x);
   const Vec power = exp_nonpositive(sub(zeros(), maximum(x, negated)));
   const Vec d = add(splat(1.0f), power);
-  const Vec log_d = {add(tangent_excess(d), power).v / d.v};
+  const Vec log_d = {add(tangent_excess(Vecs<1>{{d}}).v[0], power).v / d.v};
   return sub(sub(zeros(), maximum(zeros(), negated)), log_d);
 }
 

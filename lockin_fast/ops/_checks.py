@@ -177,6 +177,17 @@ def source(source, count, h):
     return source.to(h.dtype)
 
 
+def nf4_source(source, count, h):
+    """The NF4Tensor `source` [P, d], one row for each of `count` positions."""
+    if tuple(source.shape) != (count, h.shape[-1]):
+        raise ValueError(
+            f"source: got an NF4Tensor {tuple(source.shape)}, expected [{count}, {h.shape[-1]}], one row of h's width "
+            "per position; pick them by source.rows(index)"
+        )
+    same_device(h, source=source)
+    return source
+
+
 def directions(name, value, h):
     """Number of rows F of `value` [F, d], of the width of h."""
     width = h.shape[-1]

@@ -7,11 +7,13 @@ import torch
 from lockin_fast.dispatch import define
 from lockin_fast.ops import _checks
 from lockin_fast.ops.encode_latents import inactive
+from lockin_fast.ops.nf4_tensor import NF4Tensor
 
 SCHEMA = (
     "(Tensor h, Tensor rows, Tensor source, Tensor weight, Tensor? bias, Tensor? threshold) -> (Tensor, Tensor, Tensor)"
 )
 BLOCK_ELEMENTS = 2**18  # of the positions held at a time: 1 MB in fp32
+DECODED_ELEMENTS = 2**20  # of an NF4 source decoded at a time: 2 MB in 16 bits
 
 
 class PatchDiff(NamedTuple):
@@ -71,7 +73,7 @@ def patch_diff(h, positions, source, weight, bias=None, *, threshold=None):
     Arguments
         h: hidden states [B, S, d] or [N, d], float32, float16 or bfloat16.
         positions: int64 [P, 2] of (row, position), or [P] flat tokens, row * S + position.
-        source: [P, d], cast to h's dtype.
+        source: [P, d], cast to h's dtype; or an NF4Tensor [P, d], decoded a block at a time.
         weight: rows [K, d], encoder rows or any directions; cast to h's dtype.
         bias: [K]; without one `latents` is None and its product is not made. (It cancels in the projection.)
         threshold: JumpReLU thresholds [K], for `latents`; None is a plain ReLU.
@@ -87,7 +89,8 @@ def patch_diff(h, positions, source, weight, bias=None, *, threshold=None):
     """
     _checks.stream(h, "[B, S, d]", "[N, d]")
     rows = _checks.positions(positions, h)
-    source = _checks.source(source, rows.shape[0], h)
+    packed = isinstance(source, NF4Tensor)
+    source = _checks.nf4_source(source, rows.shape[0], h) if packed else _checks.source(source, rows.shape[0], h)
     count = _checks.directions("weight", weight, h)
     _checks.per_latent("bias", bias, count, optional=True)
     _checks.per_latent("threshold", threshold, count, optional=True)
@@ -96,5 +99,16 @@ def patch_diff(h, positions, source, weight, bias=None, *, threshold=None):
     _checks.same_device(h, weight=weight, bias=bias, threshold=threshold)
     tokens = _checks.hidden("h", h, h.shape[-1])
     weight, bias, threshold = _checks.rows_like(weight, h), _checks.fp32(bias), _checks.fp32(threshold)
-    norm, projection, latents = _op(tokens, rows, source, weight, bias, threshold)
-    return PatchDiff(norm, projection, None if bias is None else latents)
+    arguments = weight, bias, threshold
+    results = _by_blocks(tokens, rows, source, *arguments) if packed else _op(tokens, rows, source, *arguments)
+    return PatchDiff(*results[:2], None if bias is None else results[2])
+
+
+def _by_blocks(tokens, rows, source, weight, bias, threshold):
+    """The op on some positions after others, so that only a part of the source is ever held decoded."""
+    size = max(DECODED_ELEMENTS // max(tokens.shape[1], 1), 1)
+    blocks = [slice(start, start + size) for start in range(0, max(rows.shape[0], 1), size)]
+    parts = [
+        _op(tokens, rows[part], source.rows(part).dequantize(tokens.dtype), weight, bias, threshold) for part in blocks
+    ]
+    return tuple(torch.cat(results) for results in zip(*parts, strict=True))

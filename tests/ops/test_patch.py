@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from lockin_fast import patch_
+from lockin_fast import patch_, quantize_nf4
 
 op = torch.ops.lockin_fast.patch_.default
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -146,6 +146,30 @@ def test_two_threads_at_once_and_any_number_of_threads():
     torch.set_num_threads(1)
     assert torch.equal(patch_(cases[0][0].clone(), *cases[0][1:]), expected[0])
     torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("outliers", [0, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nf4_rows_are_written_as_they_decode(dtype, outliers, poisoned_memory):
+    h, rows, source = inputs(31, 192, dtype)
+    packed = quantize_nf4(source, blocksize=64, outliers=outliers)
+    expected = patched(h, rows, packed.dequantize(dtype))
+    assert torch.equal(patch_(h.clone(), rows, packed), expected)
+    memory = torch.zeros(31, 200, dtype=dtype)
+    patch_(memory[:, 3:195], rows, packed)
+    assert torch.equal(memory[rows, 3:195], packed.dequantize(dtype)) and memory[:, 195:].count_nonzero() == 0
+    transposed = h.t().contiguous().t()
+    assert torch.equal(patch_(transposed, rows, packed), expected)
+    outside = rows.clone()
+    outside[0], outside[1] = -1, 31
+    again = h.clone()
+    torch.ops.lockin_fast.patch_nf4_.default(again, outside, *packed.operands(dtype))
+    assert torch.equal(again, patched(h, rows[2:], packed.dequantize(dtype)[2:]))
+    x = h.float().requires_grad_()
+    patch_(x * 1.0, rows, packed).sum().backward()
+    assert torch.equal(x.grad[rows], torch.zeros(16, 192)) and x.grad.sum() == 15 * 192
+    with pytest.raises(ValueError, match=r"source: got an NF4Tensor \(16, 192\), expected \[15, 192\]"):
+        patch_(h, rows[1:], packed)
 
 
 H, ROWS, SOURCE = torch.zeros(2, 3, 48), torch.tensor([[0, 1]]), torch.zeros(1, 48)

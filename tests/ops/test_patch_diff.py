@@ -1,11 +1,12 @@
 import os
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 
 import pytest
 import torch
 from penalty_oracle import assert_as_good_as_torch
 
-from lockin_fast import patch_diff
+from lockin_fast import patch_diff, quantize_nf4
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # tokens of h, positions, width, latents
@@ -144,6 +145,18 @@ def test_two_threads_at_once_and_any_number_of_threads():
     torch.set_num_threads(1)
     assert all(map(torch.equal, patch_diff(*cases[0]), expected[0]))
     torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_nf4_source_is_decoded_in_blocks(dtype, monkeypatch):
+    h, rows, source, weight, bias = inputs(20, 11, 64, 5, dtype)
+    packed = quantize_nf4(source, outliers=2)
+    expected = patch_diff(h, rows, packed.dequantize(dtype), weight, bias)
+    monkeypatch.setattr(import_module("lockin_fast.ops.patch_diff"), "DECODED_ELEMENTS", 64 * 4)
+    for a, b in zip(patch_diff(h, rows, packed, weight, bias), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert patch_diff(h, rows, packed, weight).latents is None
+    assert patch_diff(h, rows[:0], packed.rows(slice(0)), weight, bias).latents.shape == (0, 5)
 
 
 H, ROWS, SOURCE = torch.zeros(2, 3, 48), torch.tensor([[0, 1]]), torch.zeros(1, 48)
