@@ -165,7 +165,7 @@ def test_nf4_rows_are_written_as_they_decode(dtype, outliers, poisoned_memory):
     again = h.clone()
     torch.ops.lockin_fast.patch_nf4_.default(again, outside, *packed.operands(dtype))
     assert torch.equal(again, patched(h, rows[2:], packed.dequantize(dtype)[2:]))
-    x = h.float().requires_grad_()
+    x = h.float().clone().requires_grad_()
     patch_(x * 1.0, rows, packed).sum().backward()
     assert torch.equal(x.grad[rows], torch.zeros(16, 192)) and x.grad.sum() == 15 * 192
     with pytest.raises(ValueError, match=r"source: got an NF4Tensor \(16, 192\), expected \[15, 192\]"):

@@ -48,9 +48,16 @@ LAUNCHES = {
     "nf4 quantize": lambda m, x: m.nf4_quantize(x.h, 64, x.of(4, dtype=torch.int32)),
     "nf4 dequantize": lambda m, x: m.nf4_dequantize(*nf4_operands(x), 64, x.dtype),
     "patch": lambda m, x: m.patch_(x.h, x.of(x.T, dtype=torch.int64), x.h_ref),
-    "patch_diff": lambda m, x: m.patch_diff(
-        x.h, x.of(x.T, dtype=torch.int64), x.h_ref, x.weight, x.bias, x.threshold
+    "patch from NF4": lambda m, x: m.patch_nf4_(
+        x.h,
+        x.of(x.T, dtype=torch.int64),
+        x.of(x.T, x.d // 2, dtype=torch.uint8),
+        x.of(x.T, x.d // 64, dtype=torch.float32),
+        x.of(8, dtype=torch.int32),
+        x.of(x.T, 8),
+        64,
     ),
+    "patch_diff": lambda m, x: m.patch_diff(x.h, x.of(x.T, dtype=torch.int64), x.h_ref, x.weight, x.bias, x.threshold),
     "prefix_matching": lambda m, x: m.prefix_matching(
         x.of(2, 16, 256, 128), x.of(2, 8, 256, 128), x.of(2, 256, dtype=torch.int64), 0.125
     ),
