@@ -67,7 +67,8 @@ def test_the_tests_of_the_ops_pass_under_the_sanitizers(emulation):
     libraries = (f"lib{name}.so" for name in ("asan", "ubsan"))
     found = [subprocess.check_output([COMPILER, f"-print-file-name={name}"], text=True).strip() for name in libraries]
     environment = {"LD_PRELOAD": ":".join(found), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
-    assert run_tests(files, built(*SANITIZE), "-k", "not compile and not channel_outside", **environment) > 100
+    chosen = "not (compile or channel_outside or 2304 or 4096)"
+    assert run_tests(files, built(*SANITIZE), "-k", chosen, **environment) > 100
 
 
 def run_fault(emulation, name):
