@@ -41,4 +41,4 @@ def work(dtype):
 def cases():
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         shape = {"T": TOKENS, "d": WIDTH, "F": LATENTS, "k": KEPT, "dtype": dtype}
-        yield Case(str(dtype)[6:], shape, partial(work, dtype), rounds=3, allocators=("default",))
+        yield Case(str(dtype)[6:], shape, partial(work, dtype), ("encode_topk",), 3, ("default",))
