@@ -63,7 +63,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu_features", &cpu_features, "The instruction-set levels this processor runs, lowest first.");
   m.def("isa", [] { return std::string(lockin_fast::isa_name(lockin_fast::chosen_isa())); },
         "The level that serves: LOCKIN_FAST_CPU_ISA if set, else the highest. RuntimeError if it cannot be served.");
-  m.def("activation", &lockin_fast::activation, py::arg("pre"), py::arg("threshold") = kNoThreshold,
+  m.def("activation", &lockin_fast::activation<float>, py::arg("pre"), py::arg("threshold") = kNoThreshold,
         "relu(pre) where pre > threshold, else 0; NaN stays NaN. fp32.");
   m.def(
       "latent_penalty",

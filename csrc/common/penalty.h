@@ -1,4 +1,5 @@
 // The block penalty of one latent on one token, for every kernel that computes it (CPU units, CUDA, and the Python tests).
+// V is float, or a vector of latents, for which the CPU units have the same few operations.
 //
 // All functions have internal linkage: each translation unit keeps the copy it compiled with its own instruction set.
 #pragma once
@@ -11,23 +12,35 @@
 
 namespace lockin_fast {
 
-struct LatentPenalty {
-  float value;        // e^2
-  float coefficient;  // d e^2 / d pre
-  bool active;        // e > 0
-};
+// x where a > b or either is NaN, else 0: NaN is never taken for zero.
+LOCKIN_FAST_INLINE float zero_where_le(float x, float a, float b) { return a <= b ? 0.0f : x; }
+LOCKIN_FAST_INLINE bool positive(float x) { return x > 0.0f; }
 
-// The comparisons are written so that NaN takes the branch that keeps it.
-LOCKIN_FAST_INLINE float relu(float x) { return x <= 0.0f ? 0.0f : x; }
+template <class V>
+struct LatentPenaltyOf {
+  V value;                         // e^2
+  V coefficient;                   // d e^2 / d pre
+  decltype(positive(V{})) active;  // e > 0; of a vector, in how many lanes
+};
+using LatentPenalty = LatentPenaltyOf<float>;
+
+template <class V>
+LOCKIN_FAST_INLINE V relu(V x) {
+  return zero_where_le(x, x, V{});
+}
 
 // ReLU (threshold = -inf) or JumpReLU: relu(pre) where pre > threshold, else 0.
-LOCKIN_FAST_INLINE float activation(float pre, float threshold) { return pre <= threshold ? 0.0f : relu(pre); }
+template <class V>
+LOCKIN_FAST_INLINE V activation(V pre, V threshold) {
+  return zero_where_le(relu(pre), pre, threshold);
+}
 
 // e = relu(sign * (z - z_ref) - margin) with z = activation(pre, threshold); the gradient passes only where z > 0.
-LOCKIN_FAST_INLINE LatentPenalty latent_penalty(float pre, float z_ref, float sign, float margin, float threshold) {
-  const float z = activation(pre, threshold);
-  const float e = relu(sign * (z - z_ref) - margin);
-  return {e * e, z == 0.0f ? 0.0f : 2.0f * sign * e, e > 0.0f};
+template <class V>
+LOCKIN_FAST_INLINE LatentPenaltyOf<V> latent_penalty(V pre, V z_ref, V sign, V margin, V threshold) {
+  const V z = activation(pre, threshold);
+  const V e = relu(sign * (z - z_ref) - margin);
+  return {e * e, zero_where_le((sign + sign) * e, z, V{}), positive(e)};
 }
 
 }  // namespace lockin_fast

@@ -2,6 +2,8 @@
 // equal rows give exactly 0 and neither stream is read twice.
 #include "block_penalty.h"
 
+#include <utility>
+
 #include "dot.h"
 
 #include "../common/penalty.h"
@@ -9,26 +11,51 @@
 namespace lockin_fast {
 namespace {
 
-static_assert(kRows + 1 <= kPenaltyScratch, "reference rows and one row of squares");
+static_assert(kRows + 2 <= kPenaltyScratch, "reference rows, thresholds and margins");
 
-// Turns the pre-activations in `row` into coefficients; returns the active pairs.
-int64_t penalise(const BlockPenaltyArgs& args, float* row, const float* reference, bool reference_is_product,
-                 float* squares, float* per_token) {
+struct PerLatent {
+  const float *bias, *threshold, *sign, *margin;
+  int64_t latents;
+  float unit;
+};
+
+// `room` takes two rows, of what stands for thresholds and margins that are not given.
+PerLatent per_latent(const BlockPenaltyArgs& args, float* room) {
   const EncodeArgs& encode = args.encode;
   const int64_t latents = encode.latents;
-  int32_t active = 0;
   for (int64_t k = 0; k < latents; ++k) {
-    const float threshold = encode.threshold ? encode.threshold[k] : -__builtin_inff();
-    const float margin = args.margin ? args.margin[k] : 0.0f;
-    const float z_ref = reference_is_product ? activation(reference[k] + encode.bias[k], threshold) : reference[k];
-    const LatentPenalty pair = latent_penalty(row[k] + encode.bias[k], z_ref, args.sign[k], margin, threshold);
-    row[k] = pair.coefficient * args.unit;
-    squares[k] = pair.value;
+    room[k] = encode.threshold ? encode.threshold[k] : -__builtin_inff();
+    room[latents + k] = args.margin ? args.margin[k] : 0.0f;
+  }
+  return {encode.bias, room, args.sign, room + latents, latents, args.unit};
+}
+
+// A vector of latents from k on; the rest of it is zero past the last one, which is never active.
+struct Lanes {
+  int64_t k, latents;
+  LOCKIN_FAST_LOCAL bool whole() const { return k + Vec::width <= latents; }
+  LOCKIN_FAST_LOCAL Vec read(const float* p) const { return whole() ? load(p + k) : load_first(p + k, latents - k); }
+  LOCKIN_FAST_LOCAL void write(float* p, Vec a) const {
+    if (whole()) return store(p + k, a);
+    store_first(p + k, a, latents - k);
+  }
+};
+
+// Turns the pre-activations in `row` into coefficients; returns the active pairs.
+template <bool ReferenceIsProduct>
+LOCKIN_FAST_LOCAL int64_t penalise(const PerLatent& per, float* row, const float* reference, float* per_token) {
+  int64_t active = 0;
+  Vec total = zeros();
+  for (Lanes at{0, per.latents}; at.k < per.latents; at.k += Vec::width) {
+    const Vec bias = at.read(per.bias), threshold = at.read(per.threshold);
+    const Vec given = at.read(reference);
+    const Vec z_ref = ReferenceIsProduct ? activation(given + bias, threshold) : given;
+    const auto pair = latent_penalty(at.read(row) + bias, z_ref, at.read(per.sign), at.read(per.margin), threshold);
+    at.write(row, pair.coefficient * splat(per.unit));
+    total = total + pair.value;
     active += pair.active;
   }
-  float total = 0.0f;
-  for (int64_t k = 0; k < latents; ++k) total += squares[k];
-  *per_token = total * args.unit;
+  *per_token = sum(total) * per.unit;
   return active;
 }
 
@@ -41,37 +68,46 @@ void clear_masked(const BlockPenaltyArgs& args, int64_t begin, int64_t end) {
   }
 }
 
+// What goes through the products together: tokens with their references, or, without h_ref, twice as many tokens.
+template <class T>
+struct Tile {
+  int64_t tokens[2 * kRows];
+  int count;
+  Rows<T> rows[2];
+};
+
+template <class T>
+void next_tile(const BlockPenaltyArgs& args, int64_t* token, int64_t end, Tile<T>* tile) {
+  const EncodeArgs& encode = args.encode;
+  const int first = next_tokens(args.mask, token, end, tile->tokens);
+  const int second = args.h_ref ? 0 : next_tokens(args.mask, token, end, tile->tokens + first);
+  tile->count = first + second;
+  tile->rows[0] = rows_of<T>(encode.h, encode.h_stride, tile->tokens, first);
+  tile->rows[1] = args.h_ref ? rows_of<T>(args.h_ref, args.h_ref_stride, tile->tokens, first)
+                             : rows_of<T>(encode.h, encode.h_stride, tile->tokens + first, second);
+}
+
 template <class T>
 int64_t penalty(const BlockPenaltyArgs& args, int64_t begin, int64_t end, float* scratch) {
   const EncodeArgs& encode = args.encode;
   const int64_t latents = encode.latents;
-  float* squares = scratch + kRows * latents;
-  int64_t tokens[kRows], following[kRows];
-  int64_t token = begin, active = 0;
+  const PerLatent per = per_latent(args, scratch + kRows * latents);
+  float* out[2 * kRows];  // of the second rows, with h_ref, the products of that
+  float* const* const outs[2] = {out, out + kRows};
+  for (int r = 0; r < kRows; ++r) out[kRows + r] = scratch + r * latents;
   clear_masked(args, begin, end);
-  int count = next_tokens(args.mask, &token, end, tokens);
-  while (count > 0) {
-    const int next_count = next_tokens(args.mask, &token, end, following);
-    const Rows<T> rows = rows_of<T>(encode.h, encode.h_stride, tokens, count);
-    const Rows<T> next = rows_of<T>(encode.h, encode.h_stride, following, next_count);
-    float* out[kRows];
-    const float* reference[kRows];
-    for (int r = 0; r < count; ++r) out[r] = encode.out + tokens[r] * latents;
-    if (args.h_ref) {
-      float* products[kRows];
-      for (int r = 0; r < count; ++r) reference[r] = products[r] = scratch + r * latents;
-      const Rows<T> rows_ref = rows_of<T>(args.h_ref, args.h_ref_stride, tokens, count);
-      row_products(encode, rows, rows_ref, out);
-      row_products(encode, rows_ref, next, products);
-    } else {
-      for (int r = 0; r < count; ++r) reference[r] = args.z_ref + tokens[r] * latents;
-      row_products(encode, rows, next, out);
+  Tile<T> tiles[2];
+  Tile<T>*tile = &tiles[0], *next = &tiles[1];
+  int64_t token = begin, active = 0;
+  for (next_tile(args, &token, end, tile); tile->count > 0; std::swap(tile, next)) {
+    next_tile(args, &token, end, next);
+    for (int r = 0; r < tile->count; ++r) out[r] = encode.out + tile->tokens[r] * latents;
+    tile_products<2>(encode, tile->rows, next->rows, outs);
+    for (int r = 0; r < tile->count; ++r) {
+      const int64_t t = tile->tokens[r];
+      active += args.h_ref ? penalise<true>(per, out[r], out[kRows + r], args.per_token + t)
+                           : penalise<false>(per, out[r], args.z_ref + t * latents, args.per_token + t);
     }
-    for (int r = 0; r < count; ++r) {
-      active += penalise(args, out[r], reference[r], args.h_ref != nullptr, squares, args.per_token + tokens[r]);
-    }
-    count = next_count;
-    for (int r = 0; r < count; ++r) tokens[r] = following[r];
   }
   return active;
 }

@@ -17,7 +17,7 @@ struct BlockPenaltyArgs {
   float* per_token;        // [T]
 };
 
-constexpr int64_t kPenaltyScratch = 5;
+constexpr int64_t kPenaltyScratch = 6;
 
 // Returns the number of active pairs; scratch holds kPenaltyScratch * K floats.
 LOCKIN_FAST_DECLARE(int64_t, block_penalty, const BlockPenaltyArgs&, int64_t begin, int64_t end, float* scratch)

@@ -1,9 +1,10 @@
 // Pre-activations of a few token rows against all latent rows: out[r][k] = rows[r] . weight[k], fp32 accumulation.
 //
 // A register tile holds kRows x C accumulators, so that every loaded operand serves several products. The packed latent
-// rows stream past from L2 for every kRows token rows, and the next token rows are fetched meanwhile, one after the
-// other: whole rows as chunks measured best, because memory is then read in order. One (row, latent) pair is always
-// summed in the same order, whatever tile it falls into.
+// rows stream past from L2 for every tile of token rows, or for two of them, and the next token rows are fetched
+// meanwhile: evenly, so that the memory is busy all the time, and from several rows in turn, so that the processor's own
+// prefetcher follows them all. Whole rows as chunks measured best. One (row, latent) pair is always summed in the same
+// order, whatever tile it falls into.
 #pragma once
 
 #include "encode_latents.h"
@@ -19,13 +20,14 @@ constexpr int kRows = 2, kColumns = 4;  // 8 accumulators of 16 registers
 #endif
 constexpr int kGroups = 8;  // column groups whose accumulators are kept between chunks
 constexpr int64_t kChunkBytes = 8192;
-constexpr int64_t kLineBytes = 64;
 
 template <class T>
 struct Rows {
   const T* row[kRows];
   int count;  // valid rows; the others repeat a valid one
 };
+
+constexpr int64_t kLineBytes = 64;
 
 LOCKIN_FAST_LOCAL void prefetch(const void* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kLineBytes) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
@@ -57,9 +59,16 @@ void pack_groups(const EncodeArgs& args, T* packed, int64_t first, int64_t last)
   }
 }
 
+// Where the next rows are fetched: `pace` elements of each for every kRows steps along the width.
+template <class T>
+struct Ahead {
+  const T* row[kRows];
+  int64_t pace;
+};
+
 template <int C, class T>
 LOCKIN_FAST_LOCAL void accumulate_tile(const Rows<T>& rows, int64_t offset, const T* packed, int64_t n,
-                                       const T* ahead, Vec* state) {
+                                       const Ahead<T>& ahead, Vec* state) {
   using Operand = DotOperand<T>;
   const T* row[kRows];
   for (int r = 0; r < kRows; ++r) row[r] = rows.row[r] + offset;
@@ -67,16 +76,23 @@ LOCKIN_FAST_LOCAL void accumulate_tile(const Rows<T>& rows, int64_t offset, cons
   for (int r = 0; r < kRows; ++r) {
     for (int c = 0; c < C; ++c) acc[r][c] = zeros();
   }
-  int64_t i = 0;
-  for (; i + Operand::step <= n; i += Operand::step, packed += C * Operand::step) {
-    __builtin_prefetch(ahead + i, 0, 2);
+  const auto multiply = [&](int64_t i) __attribute__((always_inline)) {
     Operand w[C];
     for (int c = 0; c < C; ++c) w[c] = Operand::read(packed + c * Operand::step);
     for (int r = 0; r < kRows; ++r) {
       const Operand x = Operand::read(row[r] + i);
       for (int c = 0; c < C; ++c) acc[r][c] = multiply_add(x, w[c], acc[r][c]);
     }
+    packed += C * Operand::step;
+  };
+  int64_t i = 0;
+  for (int64_t fetched = 0; i + kRows * Operand::step <= n; fetched += ahead.pace) {
+    for (int r = 0; r < kRows; ++r, i += Operand::step) {
+      __builtin_prefetch(ahead.row[r] + fetched, 0, 2);
+      multiply(i);
+    }
   }
+  for (; i + Operand::step <= n; i += Operand::step) multiply(i);
   if (i < n) {
     for (int r = 0; r < kRows; ++r) {
       const Operand x = Operand::read_first(row[r] + i, n - i);
@@ -99,7 +115,7 @@ LOCKIN_FAST_LOCAL void sum_rows(const Vec* state, int stride, float* sums) {
 
 template <class T>
 LOCKIN_FAST_LOCAL void accumulate(int columns, const Rows<T>& rows, int64_t offset, const T* packed, int64_t n,
-                                  const T* ahead, Vec* state) {
+                                  const Ahead<T>& ahead, Vec* state) {
   packed += offset * columns;
   switch (columns) {
     case 1: return accumulate_tile<1>(rows, offset, packed, n, ahead, state);
@@ -112,41 +128,54 @@ LOCKIN_FAST_LOCAL void accumulate(int columns, const Rows<T>& rows, int64_t offs
   }
 }
 
-// out[r] points at K floats for each valid row.
-template <class T>
-void row_products(const EncodeArgs& args, const Rows<T>& rows, const Rows<T>& next, float* const* out,
-                  int64_t chunk_bytes = kChunkBytes) {
+// Tiles of rows side by side; out[i][r] points at K floats for each valid row of tile i. Fetches the rows of `next`.
+template <int Tiles, class T>
+void tile_products(const EncodeArgs& args, const Rows<T>* rows, const Rows<T>* next, float* const* const* out,
+                   int64_t chunk_bytes = kChunkBytes) {
   const int64_t chunk = chunk_bytes / static_cast<int64_t>(sizeof(T));
   const T* packed = static_cast<const T*>(args.packed);
-  Vec state[kGroups][kRows * kColumns];
-  for (int64_t k0 = 0; k0 < args.latents; k0 += kGroups * kColumns) {
-    const int64_t left = args.latents - k0 < kGroups * kColumns ? args.latents - k0 : kGroups * kColumns;
-    const int groups = static_cast<int>((left + kColumns - 1) / kColumns);
+  const int64_t all_groups = (args.latents + kColumns - 1) / kColumns;
+  Vec state[kGroups][Tiles][kRows * kColumns];
+  for (int64_t g0 = 0; g0 < all_groups; g0 += kGroups) {
+    const int groups = static_cast<int>(all_groups - g0 < kGroups ? all_groups - g0 : kGroups);
     for (int g = 0; g < groups; ++g) {
-      for (Vec& lane : state[g]) lane = zeros();
+      for (auto& tile : state[g]) {
+        for (Vec& lane : tile) lane = zeros();
+      }
     }
     for (int64_t offset = 0; offset < args.width; offset += chunk) {
       const int64_t n = args.width - offset < chunk ? args.width - offset : chunk;
       for (int g = 0; g < groups; ++g) {
-        // Each group fetches its share of the next rows, a line a step; a few groups have more than one row to fetch.
-        const bool fetches = k0 == 0 && g < next.count;
-        for (int r = g + groups; fetches && r < next.count; r += groups) prefetch(next.row[r] + offset, n * sizeof(T));
-        const T* ahead = (fetches ? next.row[g] : rows.row[0]) + offset;
-        const int64_t k = k0 + g * kColumns;
-        const T* group = packed + k * padded_width(args.width);
-        accumulate(columns_from(k, args.latents), rows, offset, group, n, ahead, state[g]);
+        const int64_t k = (g0 + g) * kColumns;
+        for (int i = 0; i < Tiles; ++i) {
+          if (rows[i].count == 0) continue;
+          Ahead<T> ahead;  // each group fetches its share of the columns
+          const Rows<T>& fetched = next[i].count ? next[i] : rows[i];
+          for (int r = 0; r < kRows; ++r) ahead.row[r] = fetched.row[r] + offset + (g0 + g) * n / all_groups;
+          ahead.pace = kRows * DotOperand<T>::step / all_groups;
+          accumulate(columns_from(k, args.latents), rows[i], offset, packed + k * padded_width(args.width), n, ahead,
+                     state[g][i]);
+        }
       }
     }
     for (int g = 0; g < groups; ++g) {
-      const int64_t k = k0 + g * kColumns;
+      const int64_t k = (g0 + g) * kColumns;
       const int columns = columns_from(k, args.latents);
-      for (int c = 0; c < columns; ++c) {
-        float sums[kRows];
-        sum_rows(&state[g][c], columns, sums);
-        for (int r = 0; r < rows.count; ++r) out[r][k + c] = sums[r];
+      for (int i = 0; i < Tiles; ++i) {
+        for (int c = 0; c < columns; ++c) {
+          float sums[kRows];
+          sum_rows(&state[g][i][c], columns, sums);
+          for (int r = 0; r < rows[i].count; ++r) out[i][r][k + c] = sums[r];
+        }
       }
     }
   }
+}
+
+template <class T>
+void row_products(const EncodeArgs& args, const Rows<T>& rows, const Rows<T>& next, float* const* out,
+                  int64_t chunk_bytes = kChunkBytes) {
+  tile_products<1>(args, &rows, &next, &out, chunk_bytes);
 }
 
 // Collects up to kRows tokens of [*token, end) that the mask keeps, and moves *token past them.

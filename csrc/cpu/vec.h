@@ -33,6 +33,13 @@ LOCKIN_FAST_LOCAL Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 LOCKIN_FAST_LOCAL Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 // The larger; b where either is NaN.
 LOCKIN_FAST_LOCAL Vec maximum(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+LOCKIN_FAST_LOCAL Vec zero_where_le(Vec x, Vec a, Vec b) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ), x.v)};
+}
+LOCKIN_FAST_LOCAL int positive(Vec a) {
+  return __builtin_popcount(_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_GT_OQ));
+}
+LOCKIN_FAST_LOCAL float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 // The four lane sums at once, by adding while transposing: a third of the shuffles of four separate sums.
 LOCKIN_FAST_LOCAL void store_sums(Vec a, Vec b, Vec c, Vec d, float* sums) {
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
@@ -86,6 +93,12 @@ LOCKIN_FAST_LOCAL Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 LOCKIN_FAST_LOCAL Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 // The larger; b where either is NaN.
 LOCKIN_FAST_LOCAL Vec maximum(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+LOCKIN_FAST_LOCAL Vec zero_where_le(Vec x, Vec a, Vec b) {
+  return {_mm256_and_ps(_mm256_cmp_ps(a.v, b.v, _CMP_NLE_UQ), x.v)};
+}
+LOCKIN_FAST_LOCAL int positive(Vec a) {
+  return __builtin_popcount(_mm256_movemask_ps(_mm256_cmp_ps(a.v, _mm256_setzero_ps(), _CMP_GT_OQ)));
+}
 LOCKIN_FAST_LOCAL float sum(Vec a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
@@ -130,6 +143,14 @@ LOCKIN_FAST_LOCAL Vec sub(Vec a, Vec b) { return {a.v - b.v}; }
 LOCKIN_FAST_LOCAL Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
 // The larger; b where either is NaN.
 LOCKIN_FAST_LOCAL Vec maximum(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+LOCKIN_FAST_LOCAL Vec zero_where_le(Vec x, Vec a, Vec b) {
+  typedef int32_t Words __attribute__((vector_size(16)));
+  return {reinterpret_cast<Vec::Native>(reinterpret_cast<Words>(x.v) & ~reinterpret_cast<Words>(a.v <= b.v))};
+}
+LOCKIN_FAST_LOCAL int positive(Vec a) {
+  const auto above = a.v > zeros().v;  // -1 where true
+  return -(above[0] + above[1] + above[2] + above[3]);
+}
 LOCKIN_FAST_LOCAL float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 template <class T>
 LOCKIN_FAST_LOCAL Vec load(const T* p) {
@@ -149,6 +170,10 @@ LOCKIN_FAST_LOCAL void store(T* p, Vec a) {
 }
 
 #endif
+
+LOCKIN_FAST_LOCAL Vec operator+(Vec a, Vec b) { return add(a, b); }
+LOCKIN_FAST_LOCAL Vec operator-(Vec a, Vec b) { return sub(a, b); }
+LOCKIN_FAST_LOCAL Vec operator*(Vec a, Vec b) { return mul(a, b); }
 
 // The first n < width elements; the rest reads as zero.
 template <class T>
