@@ -10,12 +10,19 @@
 namespace lockin_fast {
 namespace {
 
-constexpr int64_t kPanel = kWidthPadding;
-#if LOCKIN_FAST_LEVEL >= 3
-constexpr int kStrip = 16;  // accumulators a token holds in registers
-#else
-constexpr int kStrip = 8;
-#endif
+constexpr int64_t kPair = 2 * Vec::width;
+constexpr int64_t kStrip = 4 * kPair;  // columns a token holds in registers
+constexpr int64_t kPanelBytes = 24576;
+
+// Whole strips, at least one and at most eight.
+template <class T>
+int64_t panel_columns(int64_t latents) {
+  const int64_t strips = kPanelBytes / (kStrip * static_cast<int64_t>(sizeof(T)) * (latents > 0 ? latents : 1));
+  return kStrip * (strips < 1 ? 1 : strips < 8 ? strips : 8);
+}
+
+// The width of panel rows of n columns: whole pairs of vectors.
+constexpr int64_t pitch(int64_t n) { return (n + kPair - 1) / kPair * kPair; }
 
 struct Tile {
   float* values;     // [kTokenTile, K] nonzero factors
@@ -23,6 +30,31 @@ struct Tile {
   int64_t counts[kTokenTile];
   int64_t begin, tokens;
 };
+
+// Writes the nonzero factors and their latents, from k on, and returns how many; a zero coefficient adds nothing, even
+// under a NaN scale. A whole vector is written.
+LOCKIN_FAST_LOCAL int64_t pick_factors(Vec coefficient, float scale, int32_t k, float* values, int32_t* indices) {
+#if LOCKIN_FAST_LEVEL >= 3
+  const __m512 factor = _mm512_mul_ps(coefficient.v, _mm512_set1_ps(scale));
+  const __mmask16 kept = _mm512_cmp_ps_mask(coefficient.v, zeros().v, _CMP_NEQ_UQ) &
+                         _mm512_cmp_ps_mask(factor, zeros().v, _CMP_NEQ_UQ);
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  _mm512_storeu_ps(values, _mm512_maskz_compress_ps(kept, factor));
+  _mm512_storeu_si512(indices, _mm512_maskz_compress_epi32(kept, _mm512_add_epi32(lanes, _mm512_set1_epi32(k))));
+  return __builtin_popcount(kept);
+#else
+  float coefficients[Vec::width];
+  store(coefficients, coefficient);
+  int64_t count = 0;
+  for (int i = 0; i < Vec::width; ++i) {
+    const float factor = scale * coefficients[i];
+    values[count] = factor;
+    indices[count] = k + i;
+    count += (coefficients[i] != 0.0f) & (factor != 0.0f);
+  }
+  return count;
+#endif
+}
 
 void gather_factors(const LatentBackwardArgs& args, int64_t begin, int64_t end, Tile* tile) {
   tile->begin = begin;
@@ -33,69 +65,72 @@ void gather_factors(const LatentBackwardArgs& args, int64_t begin, int64_t end, 
     float* values = tile->values + i * args.latents;
     int32_t* indices = tile->indices + i * args.latents;
     int64_t count = 0;
-    for (int64_t k = 0; k < args.latents; ++k) {
-      const float factor = scale * coefficient[k];
-      values[count] = factor;
-      indices[count] = static_cast<int32_t>(k);
-      count += (coefficient[k] != 0.0f) & (factor != 0.0f);  // a zero coefficient adds nothing, even under a NaN scale
+    for (int64_t k = 0; k < args.latents; k += Vec::width) {
+      const int64_t left = args.latents - k;
+      const Vec some = left < Vec::width ? load_first(coefficient + k, left) : load(coefficient + k);
+      count += pick_factors(some, scale, static_cast<int32_t>(k), values + count, indices + count);
     }
     tile->counts[i] = count;
   }
 }
 
-template <int Strip, class T>
-LOCKIN_FAST_LOCAL void update_strip(const float* values, const int32_t* indices, int64_t count, const float* panel,
-                                    const T* grad, T* out) {
-  Vec acc[Strip];
-  for (int i = 0; i < Strip; ++i) acc[i] = grad ? load(grad + i * Vec::width) : zeros();
+// A few columns of a gradient row plus those of the chosen rows of the panel.
+template <int Pairs, class T>
+LOCKIN_FAST_LOCAL void update_columns(const float* values, const int32_t* indices, int64_t count, const T* panel,
+                                      int64_t pitch, const T* grad, T* out) {
+  Pair acc[Pairs];
+  for (int i = 0; i < Pairs; ++i) acc[i] = grad ? load_pair(grad + i * kPair) : Pair{zeros(), zeros()};
   for (int64_t j = 0; j < count; ++j) {
     const Vec factor = splat(values[j]);
-    const float* row = panel + indices[j] * kPanel;
-    for (int i = 0; i < Strip; ++i) acc[i] = fma(factor, load(row + i * Vec::width), acc[i]);
+    const T* row = panel + indices[j] * pitch;
+    for (int i = 0; i < Pairs; ++i) {
+      const Pair w = load_pair(row + i * kPair);
+      acc[i] = {fma(factor, w.first, acc[i].first), fma(factor, w.second, acc[i].second)};
+    }
   }
-  for (int i = 0; i < Strip; ++i) store(out + i * Vec::width, acc[i]);
+  for (int i = 0; i < Pairs; ++i) store_pair(out + i * kPair, acc[i]);
 }
 
+// n columns of one token; `ahead` is fetched meanwhile, where it is not null.
 template <class T>
-LOCKIN_FAST_LOCAL void update_rest(const float* values, const int32_t* indices, int64_t count, const float* panel,
-                                   const T* grad, T* out, int64_t n) {
-  Vec acc = grad ? load_first(grad, n) : zeros();
-  for (int64_t j = 0; j < count; ++j) {
-    acc = fma(splat(values[j]), load(panel + indices[j] * kPanel), acc);
-  }
-  store_first(out, acc, n);
-}
-
-template <class T>
-LOCKIN_FAST_LOCAL void update_panel(const float* values, const int32_t* indices, int64_t count, const float* panel,
-                                    int64_t n, const T* grad, T* out) {
+LOCKIN_FAST_LOCAL void update_panel(const float* values, const int32_t* indices, int64_t count, const T* panel,
+                                    int64_t n, const T* grad, T* out, const T* ahead) {
   int64_t i = 0;
-  for (; i + kStrip * Vec::width <= n; i += kStrip * Vec::width) {
-    update_strip<kStrip>(values, indices, count, panel + i, grad ? grad + i : nullptr, out + i);
+  for (; i + kStrip <= n; i += kStrip) {
+    for (int64_t p = 0; ahead && p < kStrip; p += 64 / static_cast<int64_t>(sizeof(T))) {
+      __builtin_prefetch(ahead + i + p, 1, 2);
+    }
+    update_columns<4>(values, indices, count, panel + i, pitch(n), grad ? grad + i : nullptr, out + i);
   }
-  for (; i + Vec::width <= n; i += Vec::width) {
-    update_strip<1>(values, indices, count, panel + i, grad ? grad + i : nullptr, out + i);
+  for (; i + kPair <= n; i += kPair) {
+    update_columns<1>(values, indices, count, panel + i, pitch(n), grad ? grad + i : nullptr, out + i);
   }
-  if (i < n) update_rest(values, indices, count, panel + i, grad ? grad + i : nullptr, out + i, n - i);
+  if (i < n) {
+    const size_t rest = static_cast<size_t>(n - i) * sizeof(T);
+    T padded[kPair] = {};
+    if (grad) memcpy(padded, grad + i, rest);
+    update_columns<1>(values, indices, count, panel + i, pitch(n), padded, padded);
+    memcpy(out + i, padded, rest);
+  }
 }
 
 template <class T>
 void update_tile(const LatentBackwardArgs& args, const Tile& tile, const Tile& next) {
   const T* grads = static_cast<const T*>(args.grad);
   T* outs = static_cast<T*>(args.out);
-  for (int64_t column = 0; column < args.width; column += kPanel) {
-    const int64_t n = args.width - column < kPanel ? args.width - column : kPanel;
+  const int64_t columns = panel_columns<T>(args.latents);
+  for (int64_t column = 0; column < args.width; column += columns) {
+    const int64_t n = args.width - column < columns ? args.width - column : columns;
+    const T* panel = static_cast<const T*>(args.panels) + column * args.latents;
     for (int64_t i = 0; i < tile.tokens; ++i) {
-      if (grads && i < next.tokens && next.counts[i] > 0) {
-        const T* ahead = grads + (next.begin + i) * args.grad_stride + column;
-        for (int64_t p = 0; p < n; p += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(ahead + p, 1, 2);
-      }
+      const bool fetches = grads && i < next.tokens && next.counts[i] > 0;
+      const T* ahead = fetches ? grads + (next.begin + i) * args.grad_stride + column : nullptr;
       const int64_t t = tile.begin + i;
       const T* grad = grads ? grads + t * args.grad_stride + column : nullptr;
       T* out = outs + t * args.out_stride + column;
       if (tile.counts[i] > 0) {
-        update_panel(tile.values + i * args.latents, tile.indices + i * args.latents, tile.counts[i],
-                     args.panels + column * args.latents, n, grad, out);
+        update_panel(tile.values + i * args.latents, tile.indices + i * args.latents, tile.counts[i], panel, n, grad,
+                     out, ahead);
       } else if (!grad) {
         memset(out, 0, static_cast<size_t>(n) * sizeof(T));
       } else if (grad != out) {
@@ -108,7 +143,7 @@ void update_tile(const LatentBackwardArgs& args, const Tile& tile, const Tile& n
 template <class T>
 void update(const LatentBackwardArgs& args, int64_t begin, int64_t end, float* values, int32_t* indices) {
   Tile tiles[2] = {{values, indices, {}, 0, 0},
-                   {values + kTokenTile * args.latents, indices + kTokenTile * args.latents, {}, 0, 0}};
+                   {values + factor_room(args.latents), indices + factor_room(args.latents), {}, 0, 0}};
   Tile* tile = &tiles[0];
   Tile* next = &tiles[1];
   gather_factors(args, begin, end, tile);
@@ -121,34 +156,45 @@ void update(const LatentBackwardArgs& args, int64_t begin, int64_t end, float* v
   }
 }
 
-// Panel p holds columns [p * kPanel, (p + 1) * kPanel) of every latent row, one row after the other.
+// Panel p holds its columns of every latent row, one row after the other, zeros past the width.
 template <class T>
-void widen_panels(const LatentBackwardArgs& args, int64_t first, int64_t last) {
+void fill_panels(const LatentBackwardArgs& args, int64_t first, int64_t last) {
   const T* weight = static_cast<const T*>(args.weight);
-  for (int64_t p = first; p < last; ++p) {
-    const int64_t column = p * kPanel;
-    const int64_t n = args.width - column < kPanel ? args.width - column : kPanel;
-    for (int64_t k = 0; k < args.latents; ++k) {
-      const T* from = weight + k * args.weight_stride + column;
-      float* to = args.panels + column * args.latents + k * kPanel;
-      int64_t i = 0;
-      for (; i + Vec::width <= n; i += Vec::width) store(to + i, load(from + i));
-      if (i < n) store(to + i, load_first(from + i, n - i));
+  const int64_t columns = panel_columns<T>(args.latents);
+  for (int64_t column = first * columns; column < last * columns && column < args.width; column += columns) {
+    const int64_t n = args.width - column < columns ? args.width - column : columns;
+    T* to = static_cast<T*>(args.panels) + column * args.latents;
+    for (int64_t k = 0; k < args.latents; ++k, to += pitch(n)) {
+      memcpy(to, weight + k * args.weight_stride + column, static_cast<size_t>(n) * sizeof(T));
+      memset(to + n, 0, static_cast<size_t>(pitch(n) - n) * sizeof(T));
     }
   }
+}
+
+template <class T>
+int64_t panels_of(const LatentBackwardArgs& args) {
+  const int64_t columns = panel_columns<T>(args.latents);
+  return (args.width + columns - 1) / columns;
 }
 
 }  // namespace
 
 namespace LOCKIN_FAST_UNIT {
 
-int64_t pack_panel_units(const LatentBackwardArgs& args) { return (args.width + kPanel - 1) / kPanel; }
+int64_t pack_panel_units(const LatentBackwardArgs& args) {
+  switch (args.dtype) {
+    case Dtype::f32: return panels_of<float>(args);
+    case Dtype::f16: return panels_of<f16>(args);
+    case Dtype::bf16: return panels_of<bf16>(args);
+  }
+  return 0;
+}
 
 void pack_panels(const LatentBackwardArgs& args, int64_t first, int64_t last) {
   switch (args.dtype) {
-    case Dtype::f32: return widen_panels<float>(args, first, last);
-    case Dtype::f16: return widen_panels<f16>(args, first, last);
-    case Dtype::bf16: return widen_panels<bf16>(args, first, last);
+    case Dtype::f32: return fill_panels<float>(args, first, last);
+    case Dtype::f16: return fill_panels<f16>(args, first, last);
+    case Dtype::bf16: return fill_panels<bf16>(args, first, last);
   }
 }
 

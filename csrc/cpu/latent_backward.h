@@ -15,14 +15,17 @@ struct LatentBackwardArgs {
   const float* scale;        // [T]
   const void* weight;        // [K, d]
   int64_t weight_stride;
-  float* panels;             // [K, padded d] room for the packed weight, in fp32
+  void* panels;              // [K, padded d] room for the packed weight, of dtype
   int64_t latents;
   int64_t width;
 };
 
+// Room for the factors of a tile of tokens, with what a vector may write past them.
+constexpr int64_t factor_room(int64_t latents) { return kTokenTile * latents + 16; }
+
 LOCKIN_FAST_DECLARE(int64_t, pack_panel_units, const LatentBackwardArgs&)
 LOCKIN_FAST_DECLARE(void, pack_panels, const LatentBackwardArgs&, int64_t first, int64_t last)
-// values and indices hold 2 * kTokenTile * K elements each.
+// values and indices hold 2 * factor_room(K) elements each.
 LOCKIN_FAST_DECLARE(void, latent_backward, const LatentBackwardArgs&, int64_t begin, int64_t end, float* values,
                     int32_t* indices)
 

@@ -68,13 +68,16 @@ LOCKIN_FAST_LOCAL void store(bf16* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)));
 }
 #else
-LOCKIN_FAST_LOCAL void store(bf16* p, Vec a) {
+// The bits of a whose upper halves are a rounded to bf16.
+LOCKIN_FAST_LOCAL __m512i rounded(Vec a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
+  const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  const __m512i kept = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+  return _mm512_mask_or_epi32(sum, nan, bits, _mm512_set1_epi32(0x400000));
+}
+LOCKIN_FAST_LOCAL void store(bf16* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(a), 16)));
 }
 #endif
 
@@ -116,13 +119,17 @@ LOCKIN_FAST_LOCAL void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 LOCKIN_FAST_LOCAL void store(f16* p, Vec a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
-LOCKIN_FAST_LOCAL void store(bf16* p, Vec a) {
+// The bits of a whose upper halves are a rounded to bf16.
+LOCKIN_FAST_LOCAL __m256i rounded(Vec a) {
   const __m256i bits = _mm256_castps_si256(a.v);
   const __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(even, _mm256_set1_epi32(0x7fff)));
+  const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(even, _mm256_set1_epi32(0x7fff)));
   const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
-  const __m256i kept = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  return _mm256_blendv_epi8(sum, quiet, nan);
+}
+LOCKIN_FAST_LOCAL void store(bf16* p, Vec a) {
+  const __m256i kept = _mm256_srli_epi32(rounded(a), 16);
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(kept, kept), 0x08);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
@@ -189,6 +196,50 @@ LOCKIN_FAST_LOCAL void store_first(T* p, Vec a, int64_t n) {
   store(padded, a);
   memcpy(p, padded, static_cast<size_t>(n) * sizeof(T));
 }
+
+// 2 * width neighbouring elements in an order of its own: of bf16 the even ones and the odd ones, as they share words.
+struct Pair {
+  Vec first, second;
+};
+
+template <class T>
+LOCKIN_FAST_LOCAL Pair load_pair(const T* p) {
+  return {load(p), load(p + Vec::width)};
+}
+
+template <class T>
+LOCKIN_FAST_LOCAL void store_pair(T* p, Pair a) {
+  store(p, a.first);
+  store(p + Vec::width, a.second);
+}
+
+#if LOCKIN_FAST_LEVEL >= 3
+LOCKIN_FAST_LOCAL Pair load_pair(const bf16* p) {
+  const __m512i words = _mm512_loadu_si512(p), odd = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  return {{_mm512_castsi512_ps(_mm512_slli_epi32(words, 16))}, {_mm512_castsi512_ps(_mm512_and_si512(words, odd))}};
+}
+LOCKIN_FAST_LOCAL void store_pair(bf16* p, Pair a) {
+#if LOCKIN_FAST_LEVEL == 4
+  const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(a.second.v, a.first.v));
+  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i order = _mm512_or_si512(low, _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(16)), 16));
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, halves));
+#else
+  const __m512i even = _mm512_srli_epi32(rounded(a.first), 16), odd = rounded(a.second);
+  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaau, even, odd));
+#endif
+}
+#elif LOCKIN_FAST_LEVEL == 2
+LOCKIN_FAST_LOCAL Pair load_pair(const bf16* p) {
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256i odd = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  return {{_mm256_castsi256_ps(_mm256_slli_epi32(words, 16))}, {_mm256_castsi256_ps(_mm256_and_si256(words, odd))}};
+}
+LOCKIN_FAST_LOCAL void store_pair(bf16* p, Pair a) {
+  const __m256i even = _mm256_srli_epi32(rounded(a.first), 16), odd = rounded(a.second);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(even, odd, 0xaa));
+}
+#endif
 
 // What one multiply-accumulate of a dot product consumes: `step` elements of each operand.
 template <class T>

@@ -33,14 +33,14 @@ void add_latent_gradient(const Tensor* grad, Tensor* out, const Tensor& coeffici
   args.scale = float_vector(scale, "scale", tokens);
   args.weight = dense_weight.const_data_ptr();
   args.weight_stride = dense_weight.stride(0);
-  const Room panels(latents * padded(width) * static_cast<int64_t>(sizeof(float)));
-  args.panels = reinterpret_cast<float*>(panels.data);
+  const Room panels(latents * padded(width) * static_cast<int64_t>(weight.element_size()));
+  args.panels = panels.data;
   args.latents = latents;
   args.width = width;
   torch::stable::parallel_for(0, pack_units(args), 8, [&](int64_t first, int64_t last) { pack(args, first, last); });
   for_token_tiles(tokens, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<float[]> values(new float[2 * kTokenTile * latents]);
-    const std::unique_ptr<int32_t[]> indices(new int32_t[2 * kTokenTile * latents]);
+    const std::unique_ptr<float[]> values(new float[2 * factor_room(latents)]);
+    const std::unique_ptr<int32_t[]> indices(new int32_t[2 * factor_room(latents)]);
     kernel(args, begin, end, values.get(), indices.get());
   });
 }
