@@ -1,25 +1,19 @@
 """What the block penalty adds to a training step.
 
 A step is reduced to its hidden state: h is an intermediate tensor, and its upstream gradient arrives in the backward.
-The time without any penalty is subtracted. On a CPU large fresh tensors are paid in page faults, so everything is
-measured twice: with the C library's default allocator, and with one that retains memory.
+The time without any penalty is subtracted. The reference is a hidden state read in the same pass, or cached latents.
 """
 
-import argparse
-import json
-import os
-import subprocess
-import sys
+from functools import partial
 
 import torch
 from torch.nn.functional import linear
 
 import lockin_fast
-from benchmarks.measure import interleaved, write_csv
+from benchmarks.case import Case, Work
 
-RETAINED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_TOP_PAD_": str(1 << 28)}
-BASELINES = ("eager bf16", "torch.compile")
-UPCAST = "eager fp32 upcast"
+TOKENS, WIDTH = 4096, 4096
+OPS = ("block_penalty", "latent_backward_")
 
 
 class _Layers:
@@ -58,34 +52,40 @@ class _Above(torch.autograd.Function):
         return ctx.layers.gradients.pop(), None
 
 
-def eager(h, h_ref, weight, bias, sign):
+def eager(h, h_ref, z_ref, weight, bias, sign):
     """As users write it: operands in the model's dtype, the penalty in fp32."""
     z = torch.relu(linear(h, weight, bias))
-    with torch.no_grad():
-        z_ref = torch.relu(linear(h_ref, weight, bias))
+    if z_ref is None:
+        with torch.no_grad():
+            z_ref = torch.relu(linear(h_ref, weight, bias))
     return torch.relu(sign * (z.float() - z_ref.float())).square().sum()
 
 
-def upcast(h, h_ref, weight, bias, sign):
+def upcast(h, h_ref, z_ref, weight, bias, sign):
     """As published training code does it: hidden states and encoder in fp32."""
-    weight, bias = weight.float(), bias.float()
-    z = torch.relu(linear(h.float(), weight, bias))
-    with torch.no_grad():
-        z_ref = torch.relu(linear(h_ref.float(), weight, bias))
-    return torch.relu(sign * (z - z_ref)).square().sum()
+    h_ref = None if h_ref is None else h_ref.float()
+    return eager(h.float(), h_ref, z_ref, weight.float(), bias.float(), sign)
 
 
-def steps(tokens, width, latents, dtype):
-    """name -> one step with that penalty; all of the same problem, about a quarter of the pairs active."""
-    generator = torch.Generator().manual_seed(0)
-    base = torch.randn(tokens, width, generator=generator)
-    h_ref = base.to(dtype)
-    x = (base + 0.3 * torch.randn(tokens, width, generator=generator)).to(dtype).requires_grad_()
-    layers = _Layers(torch.randn(tokens, width, generator=generator).to(dtype))
-    weight = (torch.randn(latents, width, generator=generator) / width**0.5).to(dtype)
+def references(h, noise, weight, cached, active):
+    """(h_ref, z_ref), one of them None; about a quarter of the pairs of a share `active` of the tokens is active."""
+    h_ref = h - noise
+    if not cached:
+        return h_ref, None
+    z_ref = torch.relu(linear(h_ref, weight)).float()
+    return None, torch.where(torch.rand(h.shape[0], 1) < active, z_ref, torch.full_like(z_ref, 1e4))
+
+
+def work(latents, cached=False, active=1.0, tokens=TOKENS, width=WIDTH, dtype=torch.bfloat16):
+    """One step without a penalty and with each way to compute it, all of the same problem."""
+    torch.manual_seed(0)
+    weight = torch.randn(latents, width).div_(width**0.5).to(dtype)
     bias, sign = torch.zeros(latents), torch.ones(latents)
     low_bias = bias.to(dtype)
-    compiled = torch.compile(eager)
+    x = torch.randn(tokens, width).to(dtype)
+    h_ref, z_ref = references(x, 0.3 * torch.randn(tokens, width).to(dtype), weight, cached, active)
+    x.requires_grad_()
+    layers = _Layers(torch.randn(tokens, width).to(dtype))
 
     def step(penalty):
         def run():
@@ -97,87 +97,38 @@ def steps(tokens, width, latents, dtype):
 
         return run
 
+    def by_hand(function):
+        return step(lambda h: function(h, h_ref, z_ref, weight, low_bias, sign))
+
     def tapped():
-        h, penalty = lockin_fast.block_penalty_tap(layers.below(x), weight, bias, sign, h_ref=h_ref)
+        h, penalty = lockin_fast.block_penalty_tap(layers.below(x), weight, bias, sign, z_ref=z_ref, h_ref=h_ref)
         (layers.above(h) + 1e-3 * penalty.total).backward()
 
-    fresh = torch.empty_like(h_ref)
-    return {
-        "no penalty": step(None),
-        UPCAST: step(lambda h: upcast(h, h_ref, weight, low_bias, sign)),
-        "eager bf16": step(lambda h: eager(h, h_ref, weight, low_bias, sign)),
-        "torch.compile": step(lambda h: compiled(h, h_ref, weight, low_bias, sign)),
-        "block_penalty": step(lambda h: lockin_fast.block_penalty(h, weight, bias, sign, h_ref=h_ref).total),
-        "block_penalty_tap": tapped,
-        "copy of h": lambda: fresh.copy_(h_ref),
-    }
+    streams = 1 if cached else 2
+    return Work(
+        {
+            "no penalty": step(None),
+            "eager fp32 upcast": by_hand(upcast),
+            "eager": by_hand(eager),
+            "torch.compile": by_hand(torch.compile(eager)),
+            "block_penalty": step(
+                lambda h: lockin_fast.block_penalty(h, weight, bias, sign, z_ref=z_ref, h_ref=h_ref).total
+            ),
+            "block_penalty_tap": tapped,
+        },
+        ours=("block_penalty", "block_penalty_tap"),
+        bytes=int((streams + 2 * active) * tokens * width * x.element_size()),  # the gradient is read and written
+        flops=int((streams + active / 4) * 2 * tokens * width * latents),  # a quarter of the pairs has a gradient
+        without="no penalty",
+    )
 
 
-def measure(tokens, width, latents, rounds):
-    timings = interleaved(steps(tokens, width, latents, torch.bfloat16), rounds)
-    without = timings.pop("no penalty").median
-    copy = timings.pop("copy of h").median
-    size = 2 * tokens * width
-    rows = []
-    for name, timing in timings.items():
-        added = timing.median - without
-        rows.append(
-            {
-                "provider": name,
-                "added_ms": round(1e3 * added, 3),
-                "low_ms": round(1e3 * (timing.low - without), 3),
-                "high_ms": round(1e3 * (timing.high - without), 3),
-                # Least traffic: h and h_ref read, the gradient read and written.
-                "gb_per_s": round(4 * size / added / 1e9, 1),
-                "of_copy": round(4 * size / added / (2 * size / copy), 3),
-                "copy_gb_per_s": round(2 * size / copy / 1e9, 1),
-                "runs": timing.runs,
-            }
-        )
-    return rows
-
-
-def in_subprocess(arguments, environment):
-    command = [sys.executable, "-m", "benchmarks.block_penalty", "--json", *arguments]
-    done = subprocess.run(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def show(rows):
-    added = {row["provider"]: row["added_ms"] for row in rows}
-    best = min(added[name] for name in BASELINES)
-    for row in sorted(rows, key=lambda row: -row["added_ms"]):
-        ratios = ""
-        if row["provider"] not in (*BASELINES, UPCAST):
-            mine = row["added_ms"]
-            ratios = f"   {best / mine:.1f}x less than the best baseline, {added[UPCAST] / mine:.1f}x than fp32"
-        spread = f"({row['low_ms']:.1f} to {row['high_ms']:.1f})"
-        print(f"  {row['provider']:<20}{row['added_ms']:>8.2f} ms {spread:<18}{row['of_copy']:>6.0%} of copy{ratios}")
-
-
-def main(arguments=()):
-    parser = argparse.ArgumentParser(prog="benchmarks.block_penalty", description=__doc__)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--width", type=int, default=4096)
-    parser.add_argument("--latents", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    problem = options.tokens, options.width, options.latents
-    if options.json:
-        print(json.dumps(measure(*problem, options.rounds)))
-        return
-    print("Block penalty, added to a step: T={}, d={}, K={}, bf16, h_ref at hand".format(*problem))
-    results = []
-    for allocator, environment in (("default", {}), ("retained", RETAINED)):
-        flags = zip(("--tokens", "--width", "--latents", "--rounds"), (*problem, options.rounds), strict=True)
-        rows = in_subprocess([str(part) for flag in flags for part in flag], environment)
-        print(f" {allocator} allocator, {options.rounds} interleaved rounds, median (quartiles)")
-        show(rows)
-        shape = dict(zip(("tokens", "width", "latents"), problem, strict=True))
-        results += [{"allocator": allocator, **shape, **row} for row in rows]
-    print(f" written to {write_csv('block_penalty', results)}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def cases():
+    for label, latents, arguments in (
+        ("h_ref in the same pass", 20, {}),
+        ("z_ref cached, every token active", 20, {"cached": True}),
+        ("z_ref cached, 5% of tokens active", 20, {"cached": True, "active": 0.05}),
+        ("h_ref in the same pass, 100 latents", 100, {}),
+    ):
+        shape = {"T": TOKENS, "d": WIDTH, "K": latents, "dtype": torch.bfloat16}
+        yield Case(label, shape, partial(work, latents, **arguments), OPS)
