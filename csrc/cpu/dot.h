@@ -2,9 +2,9 @@
 //
 // A register tile holds kRows x C accumulators, so that every loaded operand serves several products. The packed latent
 // rows stream past from L2 for every tile of token rows, or for two of them, and the next token rows are fetched
-// meanwhile: evenly, so that the memory is busy all the time, and from several rows in turn, so that the processor's own
-// prefetcher follows them all. Whole rows as chunks measured best. One (row, latent) pair is always summed in the same
-// order, whatever tile it falls into.
+// meanwhile: evenly, so that the memory is busy all the time, and from several rows in turn, so that the processor's
+// own prefetcher follows them all. Whole rows as chunks measured best. One (row, latent) pair is always summed in the
+// same order, whatever tile it falls into.
 #pragma once
 
 #include "encode_latents.h"
