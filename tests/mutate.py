@@ -1,8 +1,8 @@
 """python tests/mutate.py [TEXT ...]: break each kernel on purpose and show that its tests notice. make mutations
 
 A mutation is a kernel's file, what to replace, and by what: the mask dropped, a sign turned, a latent off by one.
-Each is applied to a copy of this tree, which is rebuilt where the file is C++, and the op's tests are run there; they
-have to fail. A mutation that survives is a hole in the tests and makes the exit status non-zero. A text to replace
+Each is applied to a copy of this tree, which is rebuilt where the file is C++ (of the kernels, only those for the
+instruction set that will run), and the op's tests are run there; they have to fail. A mutation that survives is a hole in the tests and makes the exit status non-zero. A text to replace
 that is not there exactly once is an error, so that the list cannot go stale.
 """
 
@@ -19,6 +19,7 @@ from typing import NamedTuple
 from mutations import MUTATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
+CMAKE = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 COPIED = (
     "benchmarks", "csrc", "lockin_fast", "tests", "setup.py", "CMakeLists.txt", "pyproject.toml", "README.md",
     "LICENSE", "MANIFEST.in",
@@ -26,13 +27,17 @@ COPIED = (
 
 
 class Mutation(NamedTuple):
-    """One fault: in `file`, the text `old`, found exactly once, becomes `new`; `tests` (`selection`) have to notice."""
+    """One fault: in `file`, the text `old`, found exactly once, becomes `new`; `tests` (`selection`) have to notice.
+
+    `isa` names the instruction set whose kernels run; without it, the best of this processor.
+    """
 
     file: str
     old: str
     new: str
     tests: str
     selection: str = ""
+    isa: str = ""
 
     @property
     def name(self):
@@ -56,14 +61,39 @@ def environment(tree, mutation):
         "PYTHONWARNINGS": "ignore",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
+    kept |= {"LOCKIN_FAST_CPU_ISA": mutation.isa} if mutation.isa else {}
     return kept | ({"TRITON_INTERPRET": "1"} if "/triton/" in mutation.file else {})
 
 
-def build(tree, mutation):
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=tree, env=environment(tree, mutation), capture_output=True, text=True)
+def run(command, folder, tree, mutation):
+    done = subprocess.run(command, cwd=folder, env=environment(tree, mutation), capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{mutation.name}: does not compile, so it proves nothing\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"{mutation.name}: {command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def build_all(tree, mutation):
+    run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], tree, tree, mutation)
+    return {file: file.read_bytes() for file in (tree / "lockin_fast").rglob("*.so")}
+
+
+@cache
+def serving_unit(tree, isa):
+    asked = [sys.executable, "-c", "from lockin_fast import _native; print(_native.isa())"]
+    return run(asked, tree, tree, Mutation("", "", "", "", isa=isa)).strip()
+
+
+def build(tree, mutation):
+    """Compiles what has changed, but of the kernels only those that will run here: the libraries are linked by hand."""
+    folder = next((tree / "build").glob("cmake-*"))
+    unit = f"unit_{serving_unit(tree, mutation.isa)}.dir"
+    objects = [file.relative_to(folder) for file in folder.rglob("*.o")]
+    targets = [str(file) for file in objects if "unit_" not in str(file) or unit in file.parts]
+    targets += [file.name for file in folder.glob("_native*.so")]
+    run([CMAKE, "--build", ".", "--target", *targets], folder, tree, mutation)
+    commands = run([CMAKE, "--build", ".", "--", "-t", "commands", "liblockin_fast_cpu.so"], folder, tree, mutation)
+    run(["sh", "-c", commands.splitlines()[-1]], folder, tree, mutation)
+    run([CMAKE, "--install", "."], folder, tree, mutation)
 
 
 def run_tests(tree, mutation):
@@ -73,22 +103,22 @@ def run_tests(tree, mutation):
 
 
 @cache
-def passes_unbroken(tree, tests, selection, interpreted):
+def passes_unbroken(tree, tests, selection, isa, interpreted):
     """Whether the tests pass on the tree as it is; if not, their failing on a broken one would say nothing."""
-    done = run_tests(tree, Mutation("/triton/" if interpreted else "", "", "", tests, selection))
+    done = run_tests(tree, Mutation("/triton/" if interpreted else "", "", "", tests, selection, isa))
     if done.returncode:
         raise RuntimeError(f"{tests} -k {selection!r} does not pass on the unbroken tree\n{done.stdout[-2000:]}")
     return True
 
 
-def noticed(tree, mutation):
+def noticed(tree, mutation, libraries):
     """True when the tests fail on the mutated tree."""
     file = tree / mutation.file
     text = file.read_text()
     if text.count(mutation.old) != 1:
         raise ValueError(f"{mutation.name}: found {text.count(mutation.old)} times, expected once")
     compiled = file.suffix != ".py" and "/cuda/" not in mutation.file
-    passes_unbroken(tree, mutation.tests, mutation.selection, "/triton/" in mutation.file)
+    passes_unbroken(tree, mutation.tests, mutation.selection, mutation.isa, "/triton/" in mutation.file)
     try:
         file.write_text(text.replace(mutation.old, mutation.new))
         if compiled:
@@ -97,8 +127,8 @@ def noticed(tree, mutation):
         return done.returncode == 1 and re.search(r"\d+ failed", done.stdout) is not None
     finally:
         file.write_text(text)
-        if compiled:
-            build(tree, mutation)
+        for library, whole in libraries.items():
+            library.write_bytes(whole)
 
 
 def main(wanted):
@@ -109,9 +139,9 @@ def main(wanted):
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
         copy_tree(tree)
-        build(tree, chosen[0])
+        libraries = build_all(tree, chosen[0])
         for mutation in chosen:
-            caught = noticed(tree, mutation)
+            caught = noticed(tree, mutation, libraries)
             print(f"{'caught  ' if caught else 'SURVIVED'} {mutation.name}", flush=True)
             survivors += [] if caught else [mutation.name]
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} faults were noticed")
