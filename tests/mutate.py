@@ -1,9 +1,10 @@
 """python tests/mutate.py [TEXT ...]: break each kernel on purpose and show that its tests notice. make mutations
 
-A mutation is a kernel's file, what to replace, and by what: the mask dropped, a sign turned, a latent off by one.
-Each is applied to a copy of this tree, which is rebuilt where the file is C++ (of the kernels, only those for the
-instruction set that will run), and the op's tests are run there; they have to fail. A mutation that survives is a hole in the tests and makes the exit status non-zero. A text to replace
-that is not there exactly once is an error, so that the list cannot go stale.
+A mutation is a kernel's file, what to replace, and by what: the mask dropped, a sign turned, a latent off by one. Each
+is applied to a copy of this tree, which is rebuilt where the file is C++ (of the kernels, only those for the
+instruction set that will run), and the op's tests are run there; they have to fail. A mutation that survives is a hole
+in the tests and makes the exit status non-zero. A text to replace that is not there exactly once is an error, so that
+the list cannot go stale.
 """
 
 import os

@@ -114,6 +114,15 @@ def test_nan_is_largest_then_infinity(dtype, poisoned_memory):
     assert lockin_fast.encode_topk(h, weight, negative, 3).indices[0].tolist() == [0, 1, 2]
 
 
+def test_nan_is_found_where_nothing_else_is_large_enough():
+    h, weight, bias = small_integers(6, 48, 200, torch.float32)
+    bias[100:] = -1e4
+    bias[[130, 199]] = torch.nan
+    found = lockin_fast.encode_topk(h, weight, bias, 8)
+    assert_exact(found, whole(exact(h, weight, bias), 8))
+    assert found.indices[:, :2].tolist() == [[130, 199]] * 6
+
+
 @pytest.mark.parametrize("scale", [2.0**100, 2.0**-100, 2.0**-140], ids=["huge", "tiny", "denormal"])
 def test_huge_and_tiny_values(scale):
     h, weight, bias = small_integers(6, 48, 90, torch.float32)
