@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 # The ops that csrc/ops_cuda serves; a test holds this list against the library.
 CUDA_OPS = (
-    "block_penalty", "latent_backward", "latent_backward_", "nf4_dequantize", "nf4_quantize", "patch_", "patch_diff",
-    "steer_",
+    "block_penalty", "block_penalty_nf4", "latent_backward", "latent_backward_", "nf4_dequantize", "nf4_quantize",
+    "patch_", "patch_diff", "patch_nf4_", "steer_",
 )  # fmt: skip
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
