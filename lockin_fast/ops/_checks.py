@@ -26,7 +26,7 @@ def hidden(name, h, width):
             f"{name}: got shape {tuple(h.shape)}, expected [..., {width}] as weight is [K, {width}]; "
             "check that the SAE was trained on this model's hidden size"
         )
-    tokens = h if h.dim() == 2 else h.reshape(-1, width)
+    tokens = h if h.dim() == 2 else h.reshape(h.shape[:-1].numel(), width)
     return tokens if tokens.stride(-1) == 1 or width <= 1 else tokens.contiguous()
 
 
@@ -75,11 +75,11 @@ def per_latent(name, value, count, optional=False):
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{count}], one value per row of weight")
 
 
-def same_device(h, **others):
-    """Check that every tensor given lies where `h` does."""
+def same_device(h, of="h", **others):
+    """Check that every tensor given lies where `h` does, the argument named `of`."""
     for name, value in others.items():
         if value is not None and value.device != h.device:
-            raise ValueError(f"{name}: is on {value.device}, but h is on {h.device}; move it there")
+            raise ValueError(f"{name}: is on {value.device}, but {of} is on {h.device}; move it there")
 
 
 def token_mask(mask, leading, of="h"):
@@ -117,7 +117,12 @@ def stream(h, *dims):
 
 
 def writable(h):
-    """Check, as torch does, that writing over `h` spoils no gradient that autograd has been asked for."""
+    """Check, as torch does, that writing over `h` reaches each element once and spoils no gradient asked for."""
+    if any(size > 1 and stride == 0 for size, stride in zip(h.shape, h.stride(), strict=True)):
+        raise ValueError(
+            f"h: got an expanded tensor, {tuple(h.shape)} of strides {h.stride()}, whose elements share memory; pass "
+            "h.clone()"
+        )
     if not (h.requires_grad and torch.is_grad_enabled()):
         return
     if h.is_leaf:

@@ -45,14 +45,14 @@ def patch_(h, positions, source):
         h: hidden states [B, S, d] or [N, d], float32, float16 or bfloat16.
         positions: int64 [P, 2] of (row, position), or [P] flat tokens, row * S + position. From a mask: mask.nonzero().
             Which source wins a position that is listed twice is not promised.
-        source: [P, d], cast to h's dtype; it may be expanded from one row. Or an NF4Tensor [P, d], which is decoded
-            where it is written.
+        source: [P, d], cast to h's dtype; it may be expanded from one row, and a part of h is copied first. Or an
+            NF4Tensor [P, d], which is decoded where it is written.
 
     Returns h. Where gradients are wanted the patch is stock torch's `index_put_`: none flows to what h held at the
     patched positions, and source gets its own.
 
-    Raises TypeError or ValueError, before any work, for a wrong dtype, shape or device, for a leaf that requires grad,
-    and on the CPU for a position outside of h; on other devices such a position is skipped.
+    Raises TypeError or ValueError, before any work, for a wrong dtype, shape or device, for an h that is expanded or a
+    leaf that requires grad, and on the CPU for a position outside of h; on other devices such a position is skipped.
 
     Costs one read of source and one write of the rows.
 
@@ -68,6 +68,8 @@ def patch_(h, positions, source):
     if tokens is None:
         source = source.dequantize(h.dtype) if packed else source
         return h.index_put_((rows,) if h.dim() == 2 else (rows // h.shape[1], rows % h.shape[1]), source)
+    if not packed and not torch.compiler.is_compiling() and torch._C._is_alias_of(source, h):
+        source = source.clone()  # rows are written in no order, and would be read after they were
     if packed:
         _op_nf4(tokens, rows, *source.operands(h.dtype))
     else:
@@ -84,4 +86,4 @@ def _flat(h):
         return h
     if h.shape[0] > 1 and h.shape[1] > 1 and h.stride(0) != h.shape[1] * h.stride(1):
         return None
-    return h.view(-1, h.shape[-1])
+    return h.view(h.shape[:-1].numel(), h.shape[-1])

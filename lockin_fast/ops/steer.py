@@ -2,7 +2,7 @@
 
 import torch
 
-from lockin_fast.dispatch import define
+from lockin_fast.dispatch import define, detour
 from lockin_fast.ops import _checks
 
 SCHEMA = "(Tensor(a!) h, Tensor directions, Tensor index, Tensor coefficient) -> ()"
@@ -35,6 +35,7 @@ def _fake(h, directions, index, coefficient):
 
 
 define("steer_", SCHEMA, reference, _fake)
+detour("steer_", "cpu", "directions in float64 go to stock torch")
 _op = torch.ops.lockin_fast.steer_.default
 
 
@@ -45,7 +46,7 @@ def steer_(h, directions, index, coefficient):
 
     Arguments
         h: hidden states [R, S, d], or [R, d] with one position a row; float32, float16 or bfloat16.
-        directions: [F, d], floating point, e.g. an SAE's decoder.
+        directions: [F, d], floating point, e.g. an SAE's decoder; those in float64 go to stock torch on the CPU.
         index: int64 [R], the direction of each row; -1 leaves the row alone.
         coefficient: [R], in the units of h (a strength times the median residual norm); 0 leaves the row alone.
 
@@ -53,8 +54,8 @@ def steer_(h, directions, index, coefficient):
     unit. The norm and the addition are made in float32 at least and rounded once to h's dtype. NaN and Inf propagate.
     To autograd it is the addition of a constant: h's gradient passes, directions and coefficient get none.
 
-    Raises TypeError or ValueError, before any work, for a wrong dtype, shape or device, for a leaf that requires grad,
-    and on the CPU for an index beyond F; on other devices such a row is left alone.
+    Raises TypeError or ValueError, before any work, for a wrong dtype, shape or device, for an h that is expanded or a
+    leaf that requires grad, and on the CPU for an index beyond F; on other devices such a row is left alone.
 
     Costs one read and one write of the rows steered, and one read of their directions.
 
@@ -67,7 +68,8 @@ def steer_(h, directions, index, coefficient):
     _checks.per_row("coefficient", coefficient, h.shape[0])
     _checks.same_device(h, directions=directions, index=index, coefficient=coefficient)
     coefficient = _checks.fp32(coefficient.detach())
-    if (torch.is_grad_enabled() and h.requires_grad) or (h.shape[-1] > 1 and h.stride(-1) != 1):
+    stock = h.device.type == "cpu" and directions.dtype == torch.float64
+    if stock or (torch.is_grad_enabled() and h.requires_grad) or (h.shape[-1] > 1 and h.stride(-1) != 1):
         reference(h, directions, index, coefficient)
         return h
     with torch.no_grad():

@@ -83,6 +83,15 @@ def test_the_source_is_cast():
     assert torch.equal(patch_(h.clone(), rows, precise), patched(h, rows, precise.bfloat16()))
 
 
+@pytest.mark.parametrize("shape", [(6, 48), (2, 3, 48), (2, 3, 0)], ids=str)
+def test_the_source_may_be_a_part_of_h(shape):
+    h = torch.randn(*shape)
+    tokens = h.view(6, shape[-1])
+    rows = torch.arange(1, 6)
+    expected = patched(tokens, rows, tokens[:5].clone())
+    assert torch.equal(patch_(h, rows, tokens[:5]).view(expected.shape), expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_are_copied_whatever_they_mean(dtype):
     whole = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
@@ -180,6 +189,7 @@ H, ROWS, SOURCE = torch.zeros(2, 3, 48), torch.tensor([[0, 1]]), torch.zeros(1, 
     [
         (([0.0], ROWS, SOURCE), TypeError, "h: got list"),
         ((H.double(), ROWS, SOURCE), TypeError, "h: got torch.float64"),
+        ((H[:1, :1].expand(2, 3, 48), ROWS, SOURCE), ValueError, r"h: got an expanded tensor, \(2, 3, 48\)"),
         ((H[0, 0], ROWS, SOURCE), ValueError, r"h: got shape \(48,\), expected \[B, S, d\] or \[N, d\]"),
         ((H, [[0, 1]], SOURCE), TypeError, "positions: got list"),
         ((H, ROWS.int(), SOURCE), TypeError, "positions: got torch.int32, expected int64"),

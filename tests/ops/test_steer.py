@@ -29,7 +29,7 @@ def steered(h, directions, index, coefficient, work):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("direction_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("direction_dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_as_good_as_plain_torch(dtype, direction_dtype, shape, poisoned_memory):
     arguments = inputs(*shape, dtype, direction_dtype=direction_dtype)
@@ -157,6 +157,7 @@ H, D, INDEX, C = torch.zeros(2, 3, 48), torch.ones(4, 48), torch.zeros(2, dtype=
     [
         ((None, D, INDEX, C), TypeError, "h: got NoneType"),
         ((H.double(), D, INDEX, C), TypeError, "h: got torch.float64"),
+        ((H[:1].expand(2, 3, 48), D, INDEX, C), ValueError, r"h: got an expanded tensor, \(2, 3, 48\).*pass h.clone"),
         ((H[0, 0], D, INDEX, C), ValueError, r"h: got shape \(48,\), expected \[R, S, d\] or \[R, d\]"),
         ((H, D.t(), INDEX, C), ValueError, r"directions: got .*\(48, 4\), expected .*\[F, 48\]"),
         ((H, D.long(), INDEX, C), ValueError, "directions: got torch.int64"),
