@@ -44,8 +44,8 @@ def js_divergence(logits, *, weights=None):
     Arguments
         logits: [n, ..., V], float32, float16 or bfloat16: n prompts of a cluster (paraphrases of one question) over
             the same positions. [n, V] gives a scalar.
-        weights: [n], at least 0, scaled here to sum to 1; None weighs the prompts alike. A prompt of weight 0 is left
-            out, whatever it holds.
+        weights: [n], at least 0 and not all 0, which is checked on the CPU alone; scaled here to sum to 1. None weighs
+            the prompts alike. A prompt of weight 0 is left out, whatever it holds.
 
     Returns bits [...] in float32, between 0 (the same distribution everywhere) and log2(n) (no token in common); its
     square root is a metric. Prompt invariance is the mean over clusters.
@@ -79,8 +79,9 @@ def js_divergence(logits, *, weights=None):
                 f"weights: got {weights.dtype} {tuple(weights.shape)}, expected floating point [{count}], "
                 "one weight per prompt"
             )
-        if weights.device != logits.device:
-            raise ValueError(f"weights: is on {weights.device}, but logits is on {logits.device}; move it there")
+        _checks.same_device(logits, of="logits", weights=weights)
+        if _checks.known(weights) and ((weights < 0).any() or not weights.any()):
+            raise ValueError(f"weights: got {weights.tolist()}, expected none below 0 and not all of them 0")
         weights = weights.double()
         weights = (weights / weights.sum()).float()
     rows = logits.reshape(count, -1, vocabulary)

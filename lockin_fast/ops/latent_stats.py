@@ -149,11 +149,7 @@ def latent_stats(h, weight, bias, *, h_ref=None, threshold=None, mask=None):
     latents = _checks.rows(weight, bias)
     tokens = _checks.hidden("h", h, weight.shape[1])
     if isinstance(h_ref, NF4Tensor):
-        if h_ref.shape != h.shape:
-            raise ValueError(
-                f"h_ref: got an NF4Tensor {tuple(h_ref.shape)}, expected {tuple(h.shape)} as h; "
-                "run the reference on the same batch"
-            )
+        _checks.reference_shape(h_ref, h)
     elif h_ref is not None:
         _checks.tensor("h_ref", h_ref, "of the shape and dtype of h, an NF4Tensor, or None")
         h_ref = _checks.reference(h_ref, h)

@@ -92,8 +92,6 @@ def prefix_matching(q, k, tokens, scale=None):
         raise ValueError(
             f"tokens: got {tokens.dtype} {tuple(tokens.shape)}, expected int64 [{batch}, {length}], the ids behind q"
         )
-    for name, value in (("k", k), ("tokens", tokens)):
-        if value.device != q.device:
-            raise ValueError(f"{name}: is on {value.device}, but q is on {q.device}; move it there")
+    _checks.same_device(q, of="q", k=k, tokens=tokens)
     q, k = (x if x.stride(-1) == 1 or width <= 1 else x.contiguous() for x in (q, k))
     return _op(q, k, tokens.contiguous(), max(width, 1) ** -0.5 if scale is None else float(scale))

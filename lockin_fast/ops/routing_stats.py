@@ -156,9 +156,7 @@ def routing_stats(router_logits, classes=None, *, num_classes=None, mask=None, t
     if router not in ROUTERS:
         raise ValueError(f"router: got {router!r}, expected one of {', '.join(ROUTERS)}")
     _checks.tensor("router_logits", router_logits, "[..., E]")
-    if router_logits.dtype not in _checks.DTYPES:
-        got = router_logits.dtype
-        raise TypeError(f"router_logits: got {got}, expected float32, float16 or bfloat16; cast it first")
+    _checks.floating("router_logits", router_logits)
     if router_logits.dim() == 0 or router_logits.shape[-1] == 0:
         raise ValueError(f"router_logits: got shape {tuple(router_logits.shape)}, expected [..., E] with E experts")
     logits, leading = router_logits.reshape(-1, router_logits.shape[-1]), router_logits.shape[:-1]
@@ -166,7 +164,7 @@ def routing_stats(router_logits, classes=None, *, num_classes=None, mask=None, t
         raise ValueError(f"top_k: got {top_k!r}, expected 1 to {logits.shape[1]}, the number of experts")
     mask = _checks.token_mask(mask, leading, of="router_logits")
     classes, num_classes = _classes(classes, num_classes, leading)
-    _checks.same_device(router_logits, classes=classes, mask=mask)
+    _checks.same_device(router_logits, of="router_logits", classes=classes, mask=mask)
     return RoutingStats(*_op(logits, classes, mask, num_classes, top_k, router == "sigmoid"))
 
 

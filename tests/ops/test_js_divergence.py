@@ -222,6 +222,8 @@ def test_errors_name_the_argument():
         ([1.0, 1.0, 1.0], TypeError, r"^weights: got list, expected a tensor \[3\], one weight per prompt, or None"),
         (torch.ones(5), ValueError, r"^weights: got torch.float32 \(5,\), expected floating point \[3\]"),
         (torch.ones(3, dtype=torch.int64), ValueError, r"^weights: got torch.int64 \(3,\)"),
+        (torch.tensor([2.0, -1.0, 0.0]), ValueError, r"^weights: got \[2.0, -1.0, 0.0\], expected none below"),
+        (torch.zeros(3), ValueError, r"^weights: got \[0.0, 0.0, 0.0\], expected none below 0 and not all of them 0"),
         (torch.ones(3, device="meta"), ValueError, "^weights: is on meta, but logits is on cpu; move it there"),
     ):
         with pytest.raises(error, match=text):

@@ -192,7 +192,7 @@ LOGITS, CLASSES = torch.zeros(4, 8), torch.zeros(4, dtype=torch.int64)
         ((LOGITS,), {"top_k": 0}, ValueError, "top_k: got 0, expected 1 to 8"),
         ((LOGITS,), {"top_k": 9}, ValueError, "top_k: got 9"),
         ((LOGITS,), {"router": "hash"}, ValueError, "router: got 'hash', expected one of softmax, sigmoid"),
-        ((LOGITS, CLASSES.to("meta")), {"num_classes": 2}, ValueError, "classes: is on meta"),
+        ((LOGITS, CLASSES.to("meta")), {"num_classes": 2}, ValueError, "classes: is on meta, but router_logits is on"),
     ],
 )
 def test_wrong_arguments(arguments, options, error, message):
