@@ -132,8 +132,7 @@ def outlier_channels(sample, n):
     are tens of times larger than the rest, and would crush the blocks of 4-bit codes that they lie in.
     """
     tokens = _hidden("sample", sample)
-    if not isinstance(n, int) or not 0 <= n <= tokens.shape[1]:
-        raise ValueError(f"n: got {n}, expected 0 to {tokens.shape[1]} as sample is {tuple(sample.shape)}")
+    _count("n", n, "sample", sample)
     size = torch.linalg.vector_norm(tokens, dim=0, dtype=torch.float64)  # squares leave fp32's range
     return size.topk(n).indices.sort().values.to(torch.int32)
 
@@ -159,7 +158,7 @@ def quantize_nf4(h, *, blocksize=64, outliers=0):
     """
     tokens = _hidden("h", h)
     width = tokens.shape[1]
-    if blocksize not in BLOCKSIZES or width % blocksize:
+    if not isinstance(blocksize, int) or blocksize not in BLOCKSIZES or width % blocksize:
         fitting = [size for size in BLOCKSIZES if width % size == 0]
         hint = f"one of {', '.join(map(str, fitting))}" if fitting else "a width that is a multiple of 16"
         raise ValueError(f"blocksize: got {blocksize} for a width of {width}, expected {hint}")
@@ -175,9 +174,16 @@ def _hidden(name, h):
     return _checks.hidden(name, h, h.shape[-1])
 
 
+def _count(name, value, of, h):
+    """Check a number of channels of `h`, the argument named `of`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= h.shape[-1]:
+        raise ValueError(f"{name}: got {value!r}, expected 0 to {h.shape[-1]} as {of} is {tuple(h.shape)}")
+
+
 def _channels(outliers, h):
     """`outliers` as int32 channels, ascending; None where there are none."""
     if isinstance(outliers, int):
+        _count("outliers", outliers, "h", h)
         return outlier_channels(h, outliers) if outliers else None
     _checks.tensor("outliers", outliers, "of int channels [n], or how many to pick")
     if outliers.dim() != 1 or outliers.dtype not in (torch.int64, torch.int32):

@@ -20,18 +20,18 @@ def relative_error(got, truth):
     return ((got.double() - truth.double()).norm() / truth.double().norm()).item()
 
 
-@pytest.mark.parametrize("shape", [(64,), (5, 64), (2, 3, 64), (0, 64), (2, 0, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(64,), (5, 64), (2, 3, 64), (0, 64), (2, 0, 64), (2, 3, 0)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_shape_dtype_and_bytes_are_kept_in_mind(dtype, shape):
     h = hidden(*shape, dtype=dtype)
     q = quantize_nf4(h, blocksize=32)
-    tokens = h.numel() // 64
+    tokens, width = h.shape[:-1].numel(), h.shape[-1]
     assert q.shape == h.shape and q.dtype is dtype and q.blocksize == 32 and q.device == h.device
-    assert q.codes.shape == (tokens, 32) and q.absmax.shape == (tokens, 2) and q.channels is q.outliers is None
-    assert q.nbytes == tokens * (32 + 8)
+    assert q.codes.shape == (tokens, width // 2) and q.absmax.shape == (tokens, width // 32)
+    assert q.channels is q.outliers is None and q.nbytes == tokens * (width // 2 + 4 * width // 32)
     assert q.dequantize().shape == h.shape and q.dequantize().dtype is dtype
     assert q.dequantize(torch.float32).dtype is torch.float32
-    if tokens > 1:
+    if tokens > 1 and width:
         assert 0.05 < relative_error(q.dequantize(), h) < 0.12
 
 
@@ -137,8 +137,10 @@ def test_nothing_waits_for_the_device():
         ({"blocksize": 48}, ValueError, "blocksize: got 48 for a width of 64, expected one of 16, 32, 64"),
         ({"blocksize": 128}, ValueError, "blocksize: got 128 for a width of 64, expected one of 16, 32, 64"),
         ({"h": torch.zeros(4, 123)}, ValueError, "expected a width that is a multiple of 16"),
-        ({"outliers": 65}, ValueError, "n: got 65, expected 0 to 64"),
-        ({"outliers": -1}, ValueError, "n: got -1, expected 0 to 64"),
+        ({"blocksize": 32.0}, ValueError, "blocksize: got 32.0 for a width of 64, expected one of 16, 32, 64"),
+        ({"outliers": 65}, ValueError, "outliers: got 65, expected 0 to 64 as h is (4, 64)"),
+        ({"outliers": -1}, ValueError, "outliers: got -1, expected 0 to 64"),
+        ({"outliers": True}, ValueError, "outliers: got True, expected 0 to 64"),
         ({"outliers": 1.5}, TypeError, "outliers: got float, expected a tensor"),
         ({"outliers": torch.zeros(2)}, ValueError, "outliers: got torch.float32 (2,), expected int channels [n]"),
         ({"outliers": torch.tensor([3, 64])}, ValueError, "outliers: got channel 64, expected 0 to 63"),
@@ -150,6 +152,12 @@ def test_errors_name_the_argument(change, error, text):
     arguments = {"h": torch.zeros(4, 64), "blocksize": 32, "outliers": 0} | change
     with pytest.raises(error, match=re.escape(text)):
         quantize_nf4(arguments.pop("h"), **arguments)
+
+
+@pytest.mark.parametrize("n", [65, -1, 2.0, True])
+def test_a_wrong_number_of_channels_is_named(n):
+    with pytest.raises(ValueError, match=re.escape(f"n: got {n}, expected 0 to 64 as sample is (4, 64)")):
+        outlier_channels(torch.zeros(4, 64), n)
 
 
 def test_other_result_dtypes_are_refused():
