@@ -22,9 +22,16 @@ def work(positions, width, latents, tokens):
         change = linear(source.to(weight.dtype), weight, bias).relu() - linear(before, weight, bias).relu()
         return diff.norm(dim=1), diff @ weight.t(), change
 
-    compiled = torch.compile(eager)
+    def two_products(h, source, weight, bias):
+        before = h[rows].to(weight.dtype)
+        diff = source.to(weight.dtype) - before
+        moved, pre = diff @ weight.t(), linear(before, weight, bias)
+        return diff.norm(dim=1), moved, (pre + moved).relu() - pre.relu()
+
+    compiled = torch.compile(two_products)
     providers = {
         "eager bf16": lambda: eager(h, source, weight, low),
+        "eager bf16, two products": lambda: two_products(h, source, weight, low),
         "eager fp32": lambda: eager(h, source, wide, bias),
         "torch.compile bf16": lambda: compiled(h, source, weight, low),
         "patch_diff": lambda: lockin_fast.patch_diff(h, rows, source, weight, bias),

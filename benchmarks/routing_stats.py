@@ -19,8 +19,16 @@ def work(tokens, experts, top_k, classes=6):
         counts = torch.zeros(classes * experts, dtype=torch.int64)
         return p.sum(0), entropy, counts.index_add_(0, cells.flatten(), torch.ones_like(cells).flatten())
 
+    def one_softmax():
+        log_p = logits.float().log_softmax(1)
+        p = log_p.exp()
+        cells = labels[:, None] * experts + logits.topk(top_k, 1, sorted=False).indices
+        counts = torch.bincount(cells.flatten(), minlength=classes * experts)
+        return p.sum(0), -torch.dot(p.flatten(), log_p.flatten()), counts
+
     providers = {
         "eager": eager,
+        "eager, one softmax": one_softmax,
         "torch.compile": torch.compile(eager),
         "routing_stats": lambda: lockin_fast.routing_stats(logits, labels, num_classes=classes, top_k=top_k),
     }

@@ -28,5 +28,5 @@ def test_prefix_matching(dtype):
     q, k = (torch.randint(-1, 2, (1, 3, 40, 16)).to(dtype) for _ in range(2))
     providers = prefix_matching.providers(q, k, torch.randperm(99)[:20].repeat(1, 2))
     if dtype is torch.bfloat16:
-        providers = {name: providers[name] for name in ("prefix_matching", "flash log-sum-exp")}
+        providers = {name: one for name, one in providers.items() if name == "prefix_matching" or "flash" in name}
     agree(providers)
