@@ -99,7 +99,7 @@ def encode_topk(h, weight, bias, k, *, threshold=None):
     Raises TypeError or ValueError, before any work, for a wrong dtype, shape, device or k.
 
     Costs 2 T d F FLOPs and one read of the weight; the scratch memory is below 64 MB whatever T, F and the dtypes, when
-    the result itself is.
+    the result itself is, and 3 MB for each thread after the first.
 
     The encode of TopK SAEs, Gao et al., arXiv 2406.04093.
     """

@@ -142,7 +142,7 @@ def latent_stats(h, weight, bias, *, h_ref=None, threshold=None, mask=None):
     Raises TypeError or ValueError, before any work, for a wrong dtype, shape or device.
 
     Costs 2 T d F FLOPs per stream; on the CPU masked tokens cost nothing, and the scratch memory is a tile's, below
-    64 MB whatever T, F and the dtypes.
+    64 MB whatever T, F and the dtypes, and 3 MB for each thread after the first.
 
     Stage 1 of latent discovery in BLOCK-EM, arXiv 2602.00767, ranks latents by `.mean` of the difference.
     """
