@@ -1,16 +1,21 @@
 """python -m benchmarks.report: the tables of benchmarks/README.md and its figure, from the files in benchmarks/results.
 
-Nothing is measured here, and no number is typed in by hand: what stands between the page's two markers is replaced.
+Also what the project's README says of GPUs. Nothing is measured here, and no number is typed in by hand: what stands
+between the pages' markers is replaced.
 """
 
 import csv
 from pathlib import Path
 
 from benchmarks.run import names
+from lockin_fast.dispatch import backends, never_run_on_gpu
+from lockin_fast.kernels import gpu
 
 HERE = Path(__file__).parent
 RESULTS, PAGE, FIGURE = HERE / "results", HERE / "README.md", HERE / "results" / "ceilings.png"
 BEGIN, END = "<!-- tables: python -m benchmarks.report -->", "<!-- end of tables -->"
+FRONT = HERE.parent / "README.md"
+GPU_BEGIN, GPU_END = "<!-- gpu: python -m benchmarks.report -->", "<!-- end of gpu -->"
 
 
 def read(name):
@@ -114,11 +119,26 @@ def draw(path=FIGURE):
     return path
 
 
+def gpu_lines():
+    """What has run on a GPU and what has not, as Markdown."""
+    backends()  # defines the ops
+    seen = sorted({(run.gpu, run.file) for run in gpu.runs()})
+    never = never_run_on_gpu()
+    lines = [f"- Run on {name}: `benchmarks/results/{file}`." for name, file in seen]
+    lines += [f"- Never run on a GPU, in {name}: {', '.join(f'`{op}`' for op in ops)}." for name, ops in never.items()]
+    return lines
+
+
+def replaced(text, begin, lines, end):
+    """`text` with the lines put between the two markers, whatever stood there."""
+    head, rest = text.split(begin)
+    return "\n".join([head + begin, "", *lines, ""]) + end + rest.split(end)[1]
+
+
 def main():
-    text = PAGE.read_text()
-    head, rest = text.split(BEGIN)
-    PAGE.write_text("\n".join([head + BEGIN, "", *tables()]) + END + rest.split(END)[1])
-    print(f"written to {PAGE} and {draw()}")
+    PAGE.write_text(replaced(PAGE.read_text(), BEGIN, tables(), END))
+    FRONT.write_text(replaced(FRONT.read_text(), GPU_BEGIN, gpu_lines(), GPU_END))
+    print(f"written to {PAGE}, {FRONT} and {draw()}")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,9 @@ def test_the_page_keeps_what_stands_around_the_tables(measured, tmp_path, monkey
     page = tmp_path / "README.md"
     page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     monkeypatch.setattr(report, "PAGE", page)
+    front = tmp_path / "FRONT.md"
+    front.write_text(f"front\n{report.GPU_BEGIN}\n{report.GPU_END}\n")
+    monkeypatch.setattr(report, "FRONT", front)
     monkeypatch.setattr(report, "draw", lambda: "nothing")
     report.main()
     report.main()
@@ -59,3 +62,8 @@ def test_the_figure_is_drawn(measured, tmp_path):
 
 def test_the_page_in_the_repository_has_its_markers():
     assert report.PAGE.read_text().count(report.BEGIN) == report.PAGE.read_text().count(report.END) == 1
+
+
+def test_the_front_page_says_of_gpus_what_the_results_say():
+    text = report.FRONT.read_text()
+    assert report.replaced(text, report.GPU_BEGIN, report.gpu_lines(), report.GPU_END) == text
