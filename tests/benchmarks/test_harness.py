@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,19 +13,26 @@ sys.path.insert(0, str(ROOT))
 import lockin_fast  # noqa: E402
 from benchmarks import measure, run, verify  # noqa: E402
 from benchmarks.case import Case, Work  # noqa: E402
+from benchmarks.measure import Timing  # noqa: E402
+
+SECONDS = {"step alone": 0.002, "eager": 0.012, "slower": 0.022, "ours": 0.004}
 
 
 def made_case(**changes):
-    def work():
-        providers = {
-            "step alone": lambda: time.sleep(0.002),
-            "eager": lambda: time.sleep(0.012),
-            "slower": lambda: time.sleep(0.022),
-            "ours": lambda: time.sleep(0.004),
-        }
-        return Work(providers, ours=("ours",), bytes=10**6, **({"without": "step alone"} | changes))
+    providers = dict.fromkeys(SECONDS, lambda: None)
+    facts = {"without": "step alone"} | changes
+    return Case("made", {"T": 1}, lambda: Work(providers, ("ours",), 10**6, **facts), ("block_penalty",), rounds=5)
 
-    return Case("made", {"T": 1}, work, ("block_penalty",), rounds=5)
+
+@pytest.fixture
+def made_times(monkeypatch):
+    """Every provider takes what SECONDS says, whatever else the machine does; a copy of anything takes 1 ms."""
+
+    def timed(steps, rounds, *_):
+        assert set(steps) == {*SECONDS, run.CEILING}
+        return {name: Timing(s, 0.9 * s, 1.1 * s, rounds) for name in steps for s in [SECONDS.get(name, 0.001)]}
+
+    monkeypatch.setattr(run, "interleaved", timed)
 
 
 @pytest.fixture(autouse=True)
@@ -35,28 +41,38 @@ def default_device():
     torch.set_default_device(None)
 
 
-def test_the_step_is_subtracted_and_the_best_baseline_is_the_yardstick():
+def test_the_step_is_subtracted_and_the_best_baseline_is_the_yardstick(made_times):
     rows = {row["provider"]: row for row in run.measure(made_case(), None, "cpu", True)}
-    assert set(rows) == {"eager", "slower", "ours"}
-    assert 9 < rows["eager"]["median_ms"] < 14 and rows["ours"]["median_ms"] < 6
-    ratio = rows["eager"]["median_ms"] / rows["ours"]["median_ms"]
-    assert rows["ours"]["best_baseline_over_this"] == pytest.approx(ratio, rel=1e-2)
-    assert rows["ours"]["ours"] == 1 and rows["eager"]["ours"] == 0
-    assert all(row["low_ms"] <= row["median_ms"] <= row["high_ms"] and row["rounds"] == 5 for row in rows.values())
+    assert {name: row["median_ms"] for name, row in rows.items()} == {"eager": 10.0, "slower": 20.0, "ours": 2.0}
+    assert rows["ours"]["best_baseline_over_this"] == 5.0
+    assert rows["ours"]["low_ms"] == pytest.approx(1.6) and rows["ours"]["high_ms"] == pytest.approx(2.4)
+    assert rows["ours"]["ours"] == 1 and rows["eager"]["ours"] == 0 and rows["ours"]["rounds"] == 5
 
 
-def test_a_bare_product_is_the_floor_and_no_baseline():
+def test_a_bare_product_is_the_floor_and_no_baseline(made_times):
     rows = {row["provider"]: row for row in run.measure(made_case(without=None, bare="step alone"), 3, "cpu", False)}
-    assert rows["ours"]["this_over_bare"] == pytest.approx(2, rel=0.4)
-    assert rows["ours"]["best_baseline_over_this"] == pytest.approx(3, rel=0.4)
+    assert rows["ours"]["this_over_bare"] == 2.0
+    assert rows["ours"]["best_baseline_over_this"] == 3.0
+    assert rows["ours"]["rounds"] == 3
 
 
-def test_the_ceiling_is_the_larger_of_copy_and_product():
-    rows = run.measure(made_case(without=None, flops=10**9), 3, "cpu", False)
-    for row in rows:
-        copy = 10**6 / row["copy_gb_per_s"] / 1e9
-        product = 10**9 / row["product_gflop_per_s"] / 1e9
-        assert row["of_ceiling"] == pytest.approx(1e3 * max(copy, product) / row["median_ms"], rel=1e-2)
+def test_the_ceiling_is_the_larger_of_copy_and_product(made_times, monkeypatch):
+    # The copy reads and writes 0.5 MB in 1 ms.
+    (copied, *_) = [row for row in run.measure(made_case(without=None), 3, "cpu", False) if row["ours"]]
+    assert copied["copy_gb_per_s"] == 1.0 and copied["of_ceiling"] == 0.25
+    monkeypatch.setattr(run, "product_rate", lambda *_: 10**12)
+    work = made_case(without=None, flops=3 * 10**9)
+    (multiplied, *_) = [row for row in run.measure(work, 3, "cpu", False) if row["ours"]]
+    assert multiplied["product_gflop_per_s"] == 1000.0 and multiplied["of_ceiling"] == 0.75
+
+
+def test_providers_take_turns_and_warm_up():
+    calls = []
+    steps = {name: lambda name=name: calls.append(name) for name in "abc"}
+    timings = measure.interleaved(steps, rounds=4, warmup=1)
+    assert len(calls) == 5 * 3 and {name: timing.runs for name, timing in timings.items()} == dict.fromkeys("abc", 4)
+    rounds = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert all(sorted(turn) == list("abc") for turn in rounds) and len(set(rounds)) == 3
 
 
 def test_peak_memory_sees_what_a_call_holds():
