@@ -16,7 +16,7 @@ TOKENS, WIDTH = 4096, 4096
 OPS = ("block_penalty", "latent_backward_")
 
 
-class _Layers:
+class Layers:
     """The model around h: below it nothing is computed, above it a gradient that nobody else holds is handed out."""
 
     def __init__(self, gradient):
@@ -27,6 +27,18 @@ class _Layers:
 
     def above(self, h):
         return _Above.apply(h, self)
+
+    def step(self, x, penalty):
+        """One step with `penalty(h)` in its loss, or none, as a callable."""
+
+        def run():
+            h = self.below(x)
+            loss = self.above(h)
+            if penalty is not None:
+                loss = loss + 1e-3 * penalty(h)
+            loss.backward()
+
+        return run
 
 
 class _Below(torch.autograd.Function):
@@ -85,20 +97,10 @@ def work(latents, cached=False, active=1.0, tokens=TOKENS, width=WIDTH, dtype=to
     x = torch.randn(tokens, width).to(dtype)
     h_ref, z_ref = references(x, 0.3 * torch.randn(tokens, width).to(dtype), weight, cached, active)
     x.requires_grad_()
-    layers = _Layers(torch.randn(tokens, width).to(dtype))
-
-    def step(penalty):
-        def run():
-            h = layers.below(x)
-            loss = layers.above(h)
-            if penalty is not None:
-                loss = loss + 1e-3 * penalty(h)
-            loss.backward()
-
-        return run
+    layers = Layers(torch.randn(tokens, width).to(dtype))
 
     def by_hand(function):
-        return step(lambda h: function(h, h_ref, z_ref, weight, low_bias, sign))
+        return layers.step(x, lambda h: function(h, h_ref, z_ref, weight, low_bias, sign))
 
     def tapped():
         h, penalty = lockin_fast.block_penalty_tap(layers.below(x), weight, bias, sign, z_ref=z_ref, h_ref=h_ref)
@@ -107,12 +109,12 @@ def work(latents, cached=False, active=1.0, tokens=TOKENS, width=WIDTH, dtype=to
     streams = 1 if cached else 2
     return Work(
         {
-            "no penalty": step(None),
+            "no penalty": layers.step(x, None),
             "eager fp32 upcast": by_hand(upcast),
             "eager": by_hand(eager),
             "torch.compile": by_hand(torch.compile(eager)),
-            "block_penalty": step(
-                lambda h: lockin_fast.block_penalty(h, weight, bias, sign, z_ref=z_ref, h_ref=h_ref).total
+            "block_penalty": layers.step(
+                x, lambda h: lockin_fast.block_penalty(h, weight, bias, sign, z_ref=z_ref, h_ref=h_ref).total
             ),
             "block_penalty_tap": tapped,
         },

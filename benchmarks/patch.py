@@ -14,6 +14,7 @@ def work(positions, width, tokens, packed):
 
     def assign():
         h[rows] = source
+        return h
 
     if not packed:
         providers = {
@@ -26,6 +27,7 @@ def work(positions, width, tokens, packed):
 
     def decoded():
         h[rows] = codes.dequantize()
+        return h
 
     providers = {
         "dequantise, index assignment": decoded,

@@ -16,7 +16,7 @@ def work(rows, positions, width, latents=64):
     def eager():
         chosen = directions[index]
         unit = chosen / chosen.norm(dim=1, keepdim=True)
-        h.add_((unit * coefficient[:, None])[:, None].to(h.dtype))
+        return h.add_((unit * coefficient[:, None])[:, None].to(h.dtype))
 
     providers = {
         "eager, in place": eager,
