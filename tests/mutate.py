@@ -125,7 +125,8 @@ def noticed(tree, mutation, libraries):
         if compiled:
             build(tree, mutation)
         done = run_tests(tree, mutation)
-        return done.returncode == 1 and re.search(r"\d+ failed", done.stdout) is not None
+        failed = done.returncode == 1 and re.search(r"\d+ failed", done.stdout) is not None
+        return failed or done.returncode < 0  # by a signal: the fault wrote where it should not
     finally:
         file.write_text(text)
         for library, whole in libraries.items():
@@ -142,9 +143,12 @@ def main(wanted):
         copy_tree(tree)
         libraries = build_all(tree, chosen[0])
         for mutation in chosen:
-            caught = noticed(tree, mutation, libraries)
-            print(f"{'caught  ' if caught else 'SURVIVED'} {mutation.name}", flush=True)
-            survivors += [] if caught else [mutation.name]
+            try:
+                result = "caught  " if noticed(tree, mutation, libraries) else "SURVIVED"
+            except (RuntimeError, ValueError) as error:
+                result = f"UNPROVEN: {error}\n  "
+            print(result, mutation.name, flush=True)
+            survivors += [] if result == "caught  " else [mutation.name]
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} faults were noticed")
     sys.exit(bool(survivors))
 
