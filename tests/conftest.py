@@ -6,6 +6,7 @@ LOCKIN_FAST_TEST_DEVICE=cuda makes the tensors of this run on a GPU, also those 
 tests marked `cpu` are left out. Tests marked `gpu` need a CUDA device in any run.
 """
 
+import ctypes
 import os
 import sys
 from functools import partial
@@ -17,6 +18,7 @@ import torch
 WITHOUT = os.environ.get("LOCKIN_FAST_TEST_WITHOUT", "").split(",")
 EMULATED = os.environ.get("LOCKIN_FAST_TEST_EMULATED")
 DEVICE = os.environ.get("LOCKIN_FAST_TEST_DEVICE", "cpu")
+M_PERTURB = -6  # of glibc's mallopt
 
 
 class _Blocked:
@@ -57,10 +59,16 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture
 def poisoned_memory():
-    """Fill every uninitialised tensor with NaN (integers with their maximum), in torch and in the compiled part."""
+    """Fill every uninitialised tensor with NaN (integers with their maximum), in torch and in the compiled part.
+
+    Where the C library is glibc, what the compiled part allocates for itself is filled with the bytes of a NaN too.
+    """
     before = torch.are_deterministic_algorithms_enabled()
+    set_option = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)
+    set_option(M_PERTURB, 0x100)  # fresh memory gets the complement of the lowest byte: 0xff
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(8).isnan().all()
     yield
+    set_option(M_PERTURB, 0)
     torch.use_deterministic_algorithms(before)

@@ -57,7 +57,7 @@ def copy_tree(target):
 def environment(tree, mutation):
     kept = {k: v for k, v in os.environ.items() if not k.startswith("LOCKIN_FAST_") and k != "TRITON_INTERPRET"}
     kept |= {
-        "PYTHONPATH": str(tree),
+        "PYTHONPATH": f"{tree}{os.pathsep}{tree / 'tests'}",
         "LOCKIN_FAST_CUDA": "0",
         "PYTHONWARNINGS": "ignore",
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -98,7 +98,8 @@ def build(tree, mutation):
 
 
 def run_tests(tree, mutation):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutation.tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "mutations.interleaved"]
+    command += [mutation.tests]
     command += ["-k", mutation.selection] if mutation.selection else []
     return subprocess.run(command, cwd=tree, env=environment(tree, mutation), capture_output=True, text=True)
 

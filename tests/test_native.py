@@ -2,6 +2,7 @@
 
 import math
 import random
+import struct
 
 import pytest
 import torch
@@ -84,6 +85,7 @@ def test_storage_types_round_as_torch_does(name, dtype):
     got = torch.tensor([round_trip(x) for x in values.tolist()])
     assert torch.equal(got, values.to(dtype).float())
     assert math.isnan(round_trip(NAN))
+    assert math.isnan(round_trip(struct.unpack("<d", b"\xff" * 7 + b"\x7f")[0]))  # every bit of the payload set
 
 
 def test_build_info_names_what_was_built():

@@ -74,6 +74,7 @@ NARROW = [
     *faults(
         "csrc/cpu/vec.h",
         "ops/test_block_penalty",
+        ("T padded[Vec::width] = {};", "T padded[Vec::width]; memset(padded, 0xff, sizeof(padded));"),
         ("_mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ)", "_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)"),
         (
             "_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_GT_OQ)",

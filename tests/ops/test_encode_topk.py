@@ -89,6 +89,15 @@ def test_many_latents_beside_few_kept():
         )
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="too many tokens for triton's interpreter")
+def test_more_tokens_than_are_kept_at_a_time():
+    h = torch.where(torch.rand(110_000, 1, generator=torch.Generator().manual_seed(0)) < 0.5, 1.0, -1.0)
+    found = lockin_fast.encode_topk(h, torch.arange(1.0, 41.0)[:, None], torch.zeros(40), 40)
+    rising = torch.arange(40)
+    assert torch.equal(found.indices, torch.where(h > 0, rising.flip(0), rising))
+    assert torch.equal(found.values, torch.where(h > 0, rising.flip(0) + 1.0, 0.0))
+
+
 def test_fewer_latents_on_than_kept_are_filled_up_with_the_first_that_are_off():
     bias = torch.full((50,), -1.0)
     bias[20], bias[3] = 2.0, 5.0
@@ -112,6 +121,8 @@ def test_nan_is_largest_then_infinity(dtype, poisoned_memory):
     assert found.indices[0, :2].tolist() == [60, 7] and found.values[0, 2:].isfinite().all()
     negative = -torch.full((90,), torch.nan)
     assert lockin_fast.encode_topk(h, weight, negative, 3).indices[0].tolist() == [0, 1, 2]
+    negative[:50] = torch.nan
+    assert lockin_fast.encode_topk(h, weight, negative, 60).indices[0].tolist() == list(range(60))
 
 
 def test_nan_is_found_where_nothing_else_is_large_enough():

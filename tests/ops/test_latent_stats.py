@@ -12,7 +12,7 @@ from lockin_fast.ops import _wide
 from lockin_fast.ops import latent_stats as op_module
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SHAPES = [(1, 48, 1), (70, 123, 13), (33, 2304, 100), (37, 48, 123), (3, 4096, 20), (5, 1, 2)]
+SHAPES = [(1, 48, 1), (70, 123, 13), (33, 2304, 100), (37, 48, 123), (3, 4096, 20), (5, 4096, 400), (5, 1, 2)]
 FIELDS = ("sum", "sum_squares", "count", "count_ref", "tokens")
 
 
@@ -176,12 +176,14 @@ def test_equal_streams_differ_by_exactly_nothing_and_twice_is_the_same():
 
 
 def test_many_tokens_do_not_lose_the_small_ones():
-    # 2^20 + 2^20 * 2^-5: an fp32 running sum would drop every small addend after the large one.
+    # 2^25 + 2^12 - 1: an fp32 running sum would drop every small addend after the large one.
     tokens = 2**12
     h = torch.ones(tokens, 1)
-    h[0] = 2.0**30
+    h[0] = 2.0**25
     stats = lockin_fast.latent_stats(h, torch.ones(1, 1), torch.zeros(1))
-    assert stats.sum.item() == 2.0**30 + tokens - 1
+    assert stats.sum.item() == 2.0**25 + tokens - 1
+    assert stats.sum_squares.item() == 2.0**50 + tokens - 1
+    assert stats.count.item() == stats.tokens == tokens
 
 
 def test_errors_name_the_argument():

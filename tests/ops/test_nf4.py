@@ -189,6 +189,10 @@ def test_a_large_result_is_the_same_by_parts_and_on_any_number_of_threads(dtype,
         assert torch.equal(got, want)
     small = [dequantize(codes, absmax, None, None, 64, dtype) for codes, absmax, _ in parts]
     assert torch.equal(back, torch.cat(small))
+    channels = torch.tensor([0, 70, width - 1], dtype=torch.int32)
+    codes, absmax, outliers = quantize(h, 64, channels)
+    aside = dequantize(codes, absmax, channels, outliers, 64, dtype)[:, channels.long()]
+    assert torch.equal(aside, h[:, channels.long()])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     again = quantize(h, 64, None)

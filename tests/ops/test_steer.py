@@ -90,6 +90,23 @@ def test_nan_and_inf_propagate(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_bit_pattern_of_nan_stays_nan(dtype):
+    h = torch.zeros(2, 1, 123, dtype=dtype)
+    full = torch.full((1, 123), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # rounding up would make it -0
+    assert steer_(h, full, torch.zeros(2, dtype=torch.int64), torch.ones(2)).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_round_to_the_nearest_and_ties_to_even(dtype):
+    ulp = torch.finfo(dtype).eps
+    h, direction = torch.ones(4, 1, 48, dtype=dtype), torch.zeros(1, 48)
+    h[2:] += ulp
+    direction[0, 40] = 1.0
+    steer_(h, direction, torch.zeros(4, dtype=torch.int64), torch.tensor([0.5, 0.75, 0.5, -0.75]) * ulp)
+    assert h[:, 0, 40].tolist() == [1.0, 1.0 + ulp, 1.0 + 2 * ulp, 1.0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides(dtype):
     h, directions, index, coefficient = inputs(3, 4, 48, dtype)
     expected = steer_(h.clone(), directions, index, coefficient)
