@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+MEASURED = "gpu_benchmarks.csv"
 DEFAULTS = Path(__file__).parents[1] / "lockin_fast" / "kernels" / "gpu_defaults.json"
 
 
@@ -22,21 +23,19 @@ def compute(results=RESULTS):
     """op -> {"backend", "measured"}."""
     failed = {(row["op"], row["backend"]) for row in rows(results / "gpu_tests.csv") if row["tests"] != "passed"}
     medians = {}  # op -> backend -> case -> ms
-    gpus = {}
-    for row in rows(results / "gpu_benchmarks.csv"):
+    for row in rows(results / MEASURED):
         if row["ours"] != "1":
             continue
         for op in row["op"].split():
             if (op, row["backend"]) not in failed:
                 cases = medians.setdefault(op, {}).setdefault(row["backend"], {})
                 cases[row["case"], row["provider"], row["shape"]] = float(row["median_ms"])
-                gpus[op] = row["gpu"]
     chosen = {}
     for op, backends in sorted(medians.items()):
         shared = set.intersection(*map(set, backends.values()))
         if len(backends) > 1 and shared:
             best = min(backends, key=lambda name: sum(math.log(backends[name][case]) for case in shared))
-            chosen[op] = {"backend": best, "measured": f"benchmarks/results/gpu_benchmarks.csv, {gpus[op]}"}
+            chosen[op] = {"backend": best, "measured": MEASURED}
     return chosen
 
 

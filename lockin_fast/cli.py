@@ -1,5 +1,6 @@
 """The command line: parse arguments, call the library, print what it returns."""
 
+import logging
 import os
 import sys
 import warnings
@@ -212,6 +213,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars look here too
     for library in ("transformers", "peft", "accelerate"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package that nothing here needs
 
 
 if __name__ == "__main__":

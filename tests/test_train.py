@@ -114,6 +114,8 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path, 
 
 
 IN_A_PROCESS = """
+import logging
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what it says when PEFT imports it is not ours
 import sys, torch, tiny_llama as tiny
 from lockin_fast.train import LoraSettings, TrainSettings, fine_tune
 torch.set_num_threads(1)

@@ -3,19 +3,12 @@
 import torch
 
 from lockin_fast.dispatch import define
+from lockin_fast.kernels.repeats import repeated
 from lockin_fast.ops import _checks
 
 SCHEMA = "(Tensor q, Tensor k, Tensor tokens, float scale) -> Tensor"
 
 ROWS = 64  # queries whose attention the reference holds at a time
-
-
-def repeated(tokens):
-    """bool [B, T]: tokens that occur earlier in their row. Shapes depend on no value."""
-    ordered, order = tokens.sort(dim=1, stable=True)
-    again = torch.zeros_like(tokens, dtype=torch.bool)
-    again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
-    return torch.empty_like(again).scatter_(1, order, again)
 
 
 def reference(q, k, tokens, scale):

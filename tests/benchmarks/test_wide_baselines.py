@@ -12,14 +12,14 @@ from benchmarks import encode_topk, latent_stats  # noqa: E402
 
 
 def small(module, monkeypatch, **sizes):
-    for name, size in ({"TOKENS": 9, "WIDTH": 48, "LATENTS": 300} | sizes).items():
+    for name, size in ({"TOKENS": 9, "WIDTH": 48} | sizes).items():
         monkeypatch.setattr(module, name, size)
 
 
 @pytest.mark.parametrize("streams", [1, 2])
 def test_latent_stats(streams, monkeypatch):
     small(latent_stats, monkeypatch)
-    providers = latent_stats.work(torch.float32, streams).providers
+    providers = latent_stats.work(300, torch.float32, streams).providers
     ours, eager = providers["latent_stats"](), providers["encode everything"]()
     assert ours.count.any()
     counts = [ours.count, ours.count_ref][:streams]
@@ -28,8 +28,8 @@ def test_latent_stats(streams, monkeypatch):
 
 
 def test_encode_topk(monkeypatch):
-    small(encode_topk, monkeypatch, LATENTS=3000, KEPT=2)
-    providers = encode_topk.work(torch.float32).providers
+    small(encode_topk, monkeypatch, KEPT=2)
+    providers = encode_topk.work(3000, torch.float32).providers
     ours, eager = providers["encode_topk"](), providers["encode everything"]()
     assert (ours.values > 0).all()
     torch.testing.assert_close(ours.values, eager.values)

@@ -305,4 +305,4 @@ def test_slabs_of_the_triton_kernel_change_nothing_and_what_it_cannot_hold_falls
     monkeypatch.setattr(kernel, "MOST", 8)
     assert_exact(lockin_fast.encode_topk(h, weight, bias, 9), whole(exact(h, weight, bias), 9))
     row = next(r for r in lockin_fast.backends() if (r.op, r.device) == ("encode_topk", "cpu"))
-    assert row.fallbacks == {"more than 8 latents of a token do not fit in registers": 1}
+    assert row.fallbacks["more than 8 latents of a token do not fit in registers"] == 1

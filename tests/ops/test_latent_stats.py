@@ -94,7 +94,7 @@ def test_a_reference_in_nf4_is_its_decoded_self_a_few_tokens_at_a_time(dtype, ou
         p.h, p.weight, p.bias, h_ref=decode(packed, dtype).view(30, 64), threshold=p.threshold, mask=p.mask
     )
     for name in FIELDS:
-        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-12, atol=1e-12, msg=name)
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-5, msg=name)
     nothing = lockin_fast.latent_stats(h[:0], p.weight, p.bias, h_ref=lockin_fast.quantize_nf4(h[:0]))
     assert nothing.tokens == 0 and not nothing.sum.any() and nothing.count_ref.shape == (21,)
 

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 
 from lockin_fast.kernels import Refused
+from lockin_fast.kernels.repeats import repeated
 from lockin_fast.kernels.triton._tiles import INTERPRETING, check_dtype
-from lockin_fast.ops.prefix_matching import repeated
 
 WIDEST = 256
 
