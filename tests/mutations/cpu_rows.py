@@ -62,7 +62,7 @@ NF4 = [
         ("if (x != x) {", "if (false) {"),
         ("bits + 0x7fffu + (bits >> 16 & 1u)", "bits + 0x8000u"),
         ("0xfffu + (magnitude >> 13 & 1u)", "0x1000u"),
-        ("magnitude >= 0x477ff000u", "magnitude >= 0x47800000u"),
+        ("magnitude >= 0x477ff000u", "magnitude >= 0x477fe000u"),
     ),
 ]
 

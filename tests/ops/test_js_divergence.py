@@ -131,6 +131,9 @@ def test_nan_and_inf_reach_their_position_alone(column, dtype):
 def test_huge_and_tiny_logits():
     x = torch.tensor([[1e30, -1e30, 3.0], [-1e30, 1e30, 5.0]])
     assert lockin_fast.js_divergence(x).item() == 1.0
+    x = torch.zeros(2, 5000)
+    x[0, 3] = x[1, 4500] = 1000.0
+    assert lockin_fast.js_divergence(x).item() == 1.0
     x = torch.tensor([[1e-40, 0.0, -1e-42], [0.0, 0.0, 0.0]])
     assert lockin_fast.js_divergence(x).item() < 1e-12
     x = torch.tensor([[0.0, -87.0, -100.0, -1000.0], [0.0, -1000.0, -86.0, -103.0]])

@@ -122,6 +122,14 @@ def test_dequantised_values_are_code_times_scale_rounded_once(dtype, shape, pois
         same(dequantize(codes, absmax, None, None, blocksize, dtype), exact.float().to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_decoded_values_halfway_between_two_round_to_the_even_one(dtype):
+    ulp = torch.finfo(dtype).eps
+    absmax = torch.tensor([[1 + ulp / 2], [1 + 3 * ulp / 2]])
+    back = dequantize(torch.full((2, 16), 0xFF, dtype=torch.uint8), absmax, None, None, 32, dtype)
+    assert (back[0] == 1.0).all() and (back[1] == 1 + 2 * ulp).all()
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_outlier_channels_count_as_zero_and_come_back_as_they_were(dtype, shape, poisoned_memory):

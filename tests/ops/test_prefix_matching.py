@@ -118,6 +118,15 @@ def test_keys_after_a_query_never_reach_it(bad, dtype):
         assert score[0, 1].isnan() and score[0, 0] == clean[0, 0]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_keys_at_minus_infinity_weigh_nothing(dtype):
+    q, k, _ = problem(1, 2, 2, 150, 16, dtype)
+    k[:, :, :100, 3] = -torch.inf
+    tokens = torch.arange(150)[None].clone()
+    tokens[0, 120:] = tokens[0, 90:120]
+    assert_right(q.abs() + 0.1, k, tokens)
+
+
 def test_a_query_counts_only_if_its_token_occurred_before():
     q, k, _ = problem(1, 2, 1, 90, 16, torch.float32)
     tokens = torch.arange(90)[None].clone()
