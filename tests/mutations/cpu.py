@@ -30,7 +30,10 @@ WIDE = [
             "static_cast<const T*>(rows.weight) + k_lot * rows.weight_stride",
             "static_cast<const T*>(rows.weight) + begin * rows.weight_stride",
         ),
-        ("for (; token < args.tokens && count < chunk; ++token) {", "for (++token; token < args.tokens && count < chunk; ++token) {"),
+        (
+            "for (; token < args.tokens && count < chunk; ++token) {",
+            "for (++token; token < args.tokens && count < chunk; ++token) {",
+        ),
         ("+ k0 * padded_width(width);", "+ k0 * width;"),
     ),
     *faults(
