@@ -81,6 +81,15 @@ def test_two_tokens_in_closed_form(count):
     assert (error <= rounding(exact)).all(), (error - rounding(exact)).max()
 
 
+def test_moderate_differences_are_right_to_a_few_ulps_and_without_bias():
+    odds = torch.linspace(1.3, 9.0, 200).log()
+    zero = torch.zeros(200)
+    x = torch.stack([torch.stack([zero, zero], -1), torch.stack([odds, zero], -1)])
+    exact = plain(x.double())
+    error = (lockin_fast.js_divergence(x).double() - exact) / exact
+    assert error.abs().max() < 16 * EPS and error.mean().abs() < EPS
+
+
 def test_by_hand():
     banned = -torch.inf
     disjoint = torch.full((4, 4), banned).fill_diagonal_(7.0)
