@@ -24,7 +24,7 @@ interpreted = "TRITON_INTERPRET" in os.environ
 def packed_problem(tokens, width, latents, dtype, blocksize=16, outliers=2, **options):
     """A problem whose reference holds outlier channels, with that reference in NF4 and, in the problem, decoded."""
     p = problem(tokens, width, latents, dtype, **options)
-    p.h_ref[:, [1, width - 1]] *= 20
+    p.h_ref[:, [0, width - 1]] *= 20
     packed = lockin_fast.quantize_nf4(p.h_ref, blocksize=blocksize, outliers=outliers)
     p.h_ref = packed.dequantize()
     return p, packed

@@ -175,6 +175,20 @@ def test_equal_streams_differ_by_exactly_nothing_and_twice_is_the_same():
     assert all(torch.equal(getattr(stats, name), getattr(again, name)) for name in FIELDS)
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET", "") in ("", "0"), reason="a test of the interpreted kernel")
+@pytest.mark.parametrize("ref", [None, "h"], ids=["one stream", "difference"])
+def test_shares_of_several_tiles_of_the_triton_kernel_change_nothing_but_rounding(ref, monkeypatch):
+    from lockin_fast.kernels.triton import _configs
+    from lockin_fast.kernels.triton import latent_stats as kernel
+
+    p = problem(300, 48, 13, torch.float32, ref=ref, masked=True)
+    arguments = p.h, p.weight, p.bias, p.h_ref, None, p.mask
+    monkeypatch.setattr(kernel, "SHARES", 2)
+    monkeypatch.setattr(_configs, "chip", lambda device: _configs.Chip(90, 1))
+    for name, a, b in zip(FIELDS, kernel.latent_stats(*arguments), op_module.reference(*arguments), strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-5, msg=name)
+
+
 def test_many_tokens_do_not_lose_the_small_ones():
     # 2^25 + 2^12 - 1: an fp32 running sum would drop every small addend after the large one.
     tokens = 2**12

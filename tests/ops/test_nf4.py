@@ -14,7 +14,10 @@ ops = torch.ops.lockin_fast
 quantize, dequantize = ops.nf4_quantize.default, ops.nf4_dequantize.default
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # tokens, width, blocksize
-SHAPES = [(1, 16, 16), (7, 48, 16), (5, 64, 64), (33, 128, 32), (9, 192, 64), (3, 2304, 256), (2, 4096, 4096)]
+SHAPES = [
+    (1, 16, 16), (7, 48, 16), (5, 64, 64), (33, 128, 32), (9, 192, 64), (2, 2048, 2048), (3, 2304, 256),
+    (2, 4096, 4096),
+]  # fmt: skip
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 VALUES = torch.tensor(CODEBOOK, dtype=torch.float32)
 not_interpreted = pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="triton's interpreter is not for this")

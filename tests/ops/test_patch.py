@@ -10,7 +10,7 @@ from lockin_fast import patch_, quantize_nf4
 
 op = torch.ops.lockin_fast.patch_.default
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SHAPES = [(1, 1), (4, 48), (31, 123), (64, 2304), (9, 4096), (0, 48), (5, 0)]
+SHAPES = [(1, 1), (4, 48), (31, 123), (5, 1100), (64, 2304), (9, 4096), (0, 48), (5, 0)]
 
 
 def inputs(tokens, width, dtype, seed=0):
@@ -75,6 +75,16 @@ def test_strides(dtype):
     assert torch.equal(patch_(h.clone(), every_other, source), expected)
     one = source[:1].expand(rows.shape[0], 48)
     assert torch.equal(patch_(h.clone(), rows, one), patched(h, rows, one))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("start", "width", "pitch"), [(0, 48, 64), (1, 48, 64), (0, 43, 64), (0, 48, 49)])
+def test_rows_at_any_address_of_any_length_and_any_distance(dtype, start, width, pitch):
+    memory, others = torch.zeros(9, pitch).to(dtype), torch.randn(9, pitch).to(dtype)
+    h, source = (x[:, start : start + width] for x in (memory, others))
+    rows = torch.arange(9).flip(0)
+    patch_(h, rows, source)
+    assert torch.equal(h[rows], source) and memory.count_nonzero() == source.count_nonzero()
 
 
 def test_the_source_is_cast():
@@ -157,16 +167,17 @@ def test_two_threads_at_once_and_any_number_of_threads():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("outliers", [0, 3])
+@pytest.mark.parametrize(("width", "outliers"), [(192, 0), (192, 3), (1088, 3)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nf4_rows_are_written_as_they_decode(dtype, outliers, poisoned_memory):
-    h, rows, source = inputs(31, 192, dtype)
+def test_nf4_rows_are_written_as_they_decode(dtype, width, outliers, poisoned_memory):
+    h, rows, source = inputs(31, width, dtype)
     packed = quantize_nf4(source, blocksize=64, outliers=outliers)
     expected = patched(h, rows, packed.dequantize(dtype))
     assert torch.equal(patch_(h.clone(), rows, packed), expected)
-    memory = torch.zeros(31, 200, dtype=dtype)
-    patch_(memory[:, 3:195], rows, packed)
-    assert torch.equal(memory[rows, 3:195], packed.dequantize(dtype)) and memory[:, 195:].count_nonzero() == 0
+    memory = torch.zeros(31, width + 8, dtype=dtype)
+    inside = memory[:, 3 : width + 3]
+    patch_(inside, rows, packed)
+    assert torch.equal(inside[rows], packed.dequantize(dtype)) and memory[:, width + 3 :].count_nonzero() == 0
     transposed = h.t().contiguous().t()
     assert torch.equal(patch_(transposed, rows, packed), expected)
     outside = rows.clone()
@@ -176,8 +187,8 @@ def test_nf4_rows_are_written_as_they_decode(dtype, outliers, poisoned_memory):
     assert torch.equal(again, patched(h, rows[2:], packed.dequantize(dtype)[2:]))
     x = h.float().clone().requires_grad_()
     patch_(x * 1.0, rows, packed).sum().backward()
-    assert torch.equal(x.grad[rows], torch.zeros(16, 192)) and x.grad.sum() == 15 * 192
-    with pytest.raises(ValueError, match=r"source: got an NF4Tensor \(16, 192\), expected \[15, 192\]"):
+    assert torch.equal(x.grad[rows], torch.zeros(16, width)) and x.grad.sum() == 15 * width
+    with pytest.raises(ValueError, match=rf"source: got an NF4Tensor \(16, {width}\), expected \[15, {width}\]"):
         patch_(h, rows[1:], packed)
 
 

@@ -46,13 +46,13 @@ def latent(pre, threshold=None):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_as_good_as_plain_torch(dtype, shape, gated, poisoned_memory):
     h, rows, source, weight, bias = inputs(*shape, dtype)
-    threshold = torch.full_like(bias, 0.2) if gated else None
+    threshold = torch.linspace(0.1, 0.4, shape[3]) if gated else None
     got = patch_diff(h, rows, source, weight, bias, threshold=threshold)
     true = by_formula(h, rows, source, weight, bias)
     plain = by_formula(h, rows, source, weight, bias, work=torch.float32)
     assert_as_good_as_torch("norm", got.norm, true[0], plain[0])
     assert_as_good_as_torch("projection", got.projection, true[1], plain[1])
-    step = 0.2 if gated else 0.0
+    step = threshold if gated else 0.0
     clear = ((true[2] - step).abs() > 1e-4) & ((true[3] - step).abs() > 1e-4)
     assert clear.float().mean() > 0.9 or not clear.numel()
     change, yardstick = (latent(x[3], threshold) - latent(x[2], threshold) for x in (true, plain))
@@ -128,6 +128,9 @@ def test_strides_and_casts(dtype):
     other = source.t().contiguous().t(), weight.t().contiguous().t(), bias.double()
     for a, b in zip(patch_diff(view, pairs, *other), expected, strict=True):
         torch.testing.assert_close(a, b)
+    apart = torch.cat((source, source), 1)[:, :48]
+    for a, b in zip(patch_diff(h, rows, apart, weight, bias), expected, strict=True):
+        assert torch.equal(a, b)
     for a, b in zip(patch_diff(h.t().contiguous().t(), rows, source, weight, bias), expected, strict=True):
         assert torch.equal(a, b)
     for a, b in zip(patch_diff(h, rows, source.double(), weight.double(), bias), expected, strict=True):

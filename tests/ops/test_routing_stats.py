@@ -114,6 +114,22 @@ def test_batches_merge(router):
         whole + routing_stats(logits)
 
 
+def test_more_tokens_than_a_program_takes_at_a_time():
+    logits, _, mask = inputs(300, 2049, torch.float32)
+    got = routing_stats(logits, mask=mask)
+    expected = logits.double().softmax(1)[mask].sum(0)
+    torch.testing.assert_close(got.probability, expected, rtol=1e-5, atol=0)
+    assert torch.equal(got.counts, logits.argmax(1)[mask].bincount(minlength=2049))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_lower_expert_wins_a_tie_of_zeros_and_of_what_ranks_as_infinity(dtype):
+    nan, inf = torch.nan, torch.inf
+    tied = torch.tensor([[-0.0, 0.0, -1.0], [0.0, -0.0, -1.0], [inf, nan, 1.0], [nan, inf, 1.0], [-nan, 1.0, -inf]])
+    tied[4, 0] = -tied[4, 0].abs()  # a NaN with its sign set
+    assert routing_stats(tied.to(dtype)).counts.tolist() == [5, 0, 0]
+
+
 @pytest.mark.parametrize("router", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_extreme_logits(dtype, router):

@@ -8,7 +8,9 @@ from penalty_oracle import assert_as_good_as_torch
 from lockin_fast import steer_
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SHAPES = [(1, 1, 1), (3, 5, 48), (7, 1, 123), (4, 9, 2304), (2, 3, 4096), (0, 3, 48), (3, 0, 48), (3, 2, 0)]
+SHAPES = [
+    (1, 1, 1), (3, 5, 48), (7, 1, 123), (2, 2, 1100), (4, 9, 2304), (2, 3, 4096), (0, 3, 48), (3, 0, 48), (3, 2, 0),
+]  # fmt: skip
 
 
 def inputs(rows, positions, width, dtype, directions=5, direction_dtype=torch.float32, seed=0):
@@ -121,6 +123,10 @@ def test_strides(dtype):
     assert torch.equal(steer_(swapped, directions, index, coefficient), expected)
     other = directions.t().contiguous().t()
     assert torch.equal(steer_(h.clone(), other, index, coefficient), expected)
+    apart = torch.cat((directions, directions + 1.0), 1)[:, :48]
+    again = h.clone()
+    torch.ops.lockin_fast.steer_.default(again, apart, index, coefficient)
+    assert torch.equal(again, expected)
     wide = torch.stack((index, coefficient.long()), 1)[:, 0]
     assert torch.equal(steer_(h.clone(), directions, wide, coefficient.double()), expected)
 
