@@ -46,13 +46,15 @@ def test_the_page_keeps_what_stands_around_the_tables(measured, tmp_path, monkey
     page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     monkeypatch.setattr(report, "PAGE", page)
     front = tmp_path / "FRONT.md"
-    front.write_text(f"front\n{report.GPU_BEGIN}\n{report.GPU_END}\n")
+    front.write_text(f"front\n{report.HEAD_BEGIN}\n{report.HEAD_END}\n{report.GPU_BEGIN}\n{report.GPU_END}\n")
+    monkeypatch.setattr(report, "HEADLINE", (("made", "the case", "a made problem"),))
     monkeypatch.setattr(report, "FRONT", front)
     monkeypatch.setattr(report, "draw", lambda: "nothing")
     report.main()
     report.main()
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert front.read_text().count("a made problem: `op` | eager, ") == 1
     assert text.count("### made") == text.count(report.BEGIN) == text.count(report.END) == 1
 
 
@@ -64,6 +66,9 @@ def test_the_page_in_the_repository_has_its_markers():
     assert report.PAGE.read_text().count(report.BEGIN) == report.PAGE.read_text().count(report.END) == 1
 
 
-def test_the_front_page_says_of_gpus_what_the_results_say():
+def test_the_pages_say_what_the_results_say():
     text = report.FRONT.read_text()
     assert report.replaced(text, report.GPU_BEGIN, report.gpu_lines(), report.GPU_END) == text
+    assert report.replaced(text, report.HEAD_BEGIN, report.headline(), report.HEAD_END) == text
+    text = report.PAGE.read_text()
+    assert report.replaced(text, report.BEGIN, report.tables(), report.END) == text
