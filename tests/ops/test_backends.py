@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import lockin_fast
+import lockin_fast.ops  # defines the ops that the tests ask the dispatcher about
 from lockin_fast import dispatch
 from lockin_fast.kernels import gpu
 
