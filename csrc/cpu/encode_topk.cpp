@@ -7,8 +7,6 @@
 
 #include "wide_product.h"
 
-#include "../common/penalty.h"
-
 namespace lockin_fast {
 namespace {
 
@@ -31,18 +29,14 @@ LOCKIN_FAST_LOCAL void replace_top(uint64_t* heap, int64_t size, uint64_t key) {
 
 class Keeper {
  public:
-  explicit Keeper(const EncodeTopkArgs& args) : args_(args), bias_(), threshold_() {
+  explicit Keeper(const EncodeTopkArgs& args) : args_(args) {
     for (int64_t t = 0; t < args.wide.tokens; ++t) args.floor[t] = -1.0f;
   }
 
   void begin(int64_t k0, int64_t latents) {
-    const EncodeArgs& encode = args_.wide.encode;
     k0_ = k0;
     latents_ = latents;
-    for (int64_t k = 0; k < latents; ++k) {
-      bias_[k] = encode.bias[k0 + k];
-      threshold_[k] = encode.threshold ? encode.threshold[k0 + k] : -__builtin_inff();
-    }
+    gates_.load(args_.wide.encode, k0, latents);
   }
 
   void tile(const Tile& tile, const int64_t* tokens, int count) {
@@ -51,7 +45,7 @@ class Keeper {
       float z[kBlock];
       int any = 0;
       for (int64_t k = 0; k < kBlock; ++k) {
-        z[k] = activation(tile.pre[r][k] + bias_[k], threshold_[k]);
+        z[k] = gates_.latent(tile.pre[r][k], k);
         any |= !(z[k] <= floor);  // NaN too
       }
       if (any) keep(z, tokens[r]);
@@ -76,7 +70,7 @@ class Keeper {
 
   const EncodeTopkArgs& args_;
   int64_t k0_ = 0, latents_ = 0;
-  alignas(64) float bias_[kBlock], threshold_[kBlock];
+  Gates gates_;
 };
 
 template <class T>

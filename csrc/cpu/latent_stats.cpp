@@ -6,23 +6,19 @@
 
 #include "wide_product.h"
 
-#include "../common/penalty.h"
-
 namespace lockin_fast {
 namespace {
 
 // The sums of one block over the tokens of a chunk, kept where nothing else can be written meanwhile.
 class BlockSums {
  public:
-  explicit BlockSums(const LatentStatsArgs& args) : args_(args), bias_(), sum_() {}
+  explicit BlockSums(const LatentStatsArgs& args) : args_(args), sum_() {}
 
   void begin(int64_t k0, int64_t latents) {
-    const EncodeArgs& encode = args_.wide.encode;
     k0_ = k0;
     latents_ = latents;
+    gates_.load(args_.wide.encode, k0, latents);
     for (int64_t k = 0; k < latents; ++k) {
-      bias_[k] = encode.bias[k0 + k];
-      threshold_[k] = encode.threshold ? encode.threshold[k0 + k] : -__builtin_inff();
       sum_[k] = args_.sum[k0 + k];
       squares_[k] = args_.sum_squares[k0 + k];
     }
@@ -54,8 +50,8 @@ class BlockSums {
   LOCKIN_FAST_LOCAL void add(const float (*pre)[kBlock], const float (*pre_ref)[kBlock]) {
     for (int64_t k = 0; k < kBlock; ++k) {
       for (int r = 0; r < R; ++r) {
-        const float z = activation(pre[r][k] + bias_[k], threshold_[k]);
-        const float z_ref = difference ? activation(pre_ref[r][k] + bias_[k], threshold_[k]) : 0.0f;
+        const float z = gates_.latent(pre[r][k], k);
+        const float z_ref = difference ? gates_.latent(pre_ref[r][k], k) : 0.0f;
         const double value = static_cast<double>(z - z_ref);
         sum_[k] += value;
         squares_[k] += value * value;
@@ -67,7 +63,7 @@ class BlockSums {
 
   const LatentStatsArgs& args_;
   int64_t k0_, latents_;
-  alignas(64) float bias_[kBlock], threshold_[kBlock];
+  Gates gates_;
   alignas(64) double sum_[kBlock], squares_[kBlock];
   alignas(64) int32_t count_[kBlock], count_ref_[kBlock];
 };

@@ -7,6 +7,8 @@
 #include "dot.h"
 #include "wide.h"
 
+#include "../common/penalty.h"
+
 namespace lockin_fast {
 namespace {
 
@@ -32,6 +34,20 @@ Rows<T> tile(const void* data, int64_t stride, const int64_t* tokens, int count,
 // Pre-activations, without bias, of a tile of tokens; zeros or leftovers beyond the block's latents.
 struct Tile {
   alignas(64) float pre[kRows][kBlock], pre_ref[kRows][kBlock];
+};
+
+// What turns the pre-activations of a block into latents; zeros beyond the block's latents.
+struct Gates {
+  alignas(64) float bias[kBlock] = {}, threshold[kBlock] = {};
+
+  void load(const EncodeArgs& encode, int64_t k0, int64_t latents) {
+    for (int64_t k = 0; k < latents; ++k) {
+      bias[k] = encode.bias[k0 + k];
+      threshold[k] = encode.threshold ? encode.threshold[k0 + k] : -__builtin_inff();
+    }
+  }
+
+  LOCKIN_FAST_LOCAL float latent(float pre, int64_t k) const { return activation(pre + bias[k], threshold[k]); }
 };
 
 // How many of the tokens that the mask keeps are taken at a time.

@@ -60,7 +60,7 @@ MUTATIONS = [
         ("channel >= d0 and", "channel > d0 and"),
         ("outliers + tokens * N + j", "outliers + tokens * N"),
         ("ref = ref.to(x.dtype)  # rounded like a dense reference", "pass"),
-        ("tl.where(b + pre_ref <= floor[None, :], 0.0, b + pre_ref)", "tl.maximum(b + pre_ref, floor[None, :])"),
+        ("z_ref = activate(b + pre_ref, floor)", "z_ref = tl.maximum(b + pre_ref, floor)"),
     ),
     *faults(
         "js_divergence",

@@ -4,7 +4,15 @@ import torch
 import triton
 import triton.language as tl
 
-from lockin_fast.kernels.triton._tiles import INTERPRETING, check_dtype, count_positive, with_rows
+from lockin_fast.kernels.triton._tiles import (
+    INTERPRETING,
+    activate,
+    as_bytes,
+    check_dtype,
+    count_positive,
+    floor_of,
+    with_rows,
+)
 from lockin_fast.kernels.triton.nf4 import value_of
 
 LAUNCH = {"num_warps": 4, "num_stages": 3}
@@ -65,11 +73,9 @@ def penalty_kernel(
                 pre_ref = tl.dot(ref, w, pre_ref, input_precision="ieee")
             b = tl.load(bias + latents, mask=real, other=0.0)[None, :]
             s = tl.load(sign + latents, mask=real, other=0.0)[None, :]
-            floor = tl.zeros((BLOCK_K,), dtype=tl.float32)
-            if threshold is not None:
-                floor = tl.maximum(tl.load(threshold + latents, mask=real, other=0.0), 0.0)
-            z = tl.where(b + pre <= floor[None, :], 0.0, b + pre)
-            z_ref = tl.where(b + pre_ref <= floor[None, :], 0.0, b + pre_ref)
+            floor = floor_of(threshold, latents, K)[None, :]
+            z = activate(b + pre, floor)
+            z_ref = activate(b + pre_ref, floor)
             excess = s * (z - z_ref)
             if margin is not None:
                 excess -= tl.load(margin + latents, mask=real, other=0.0)[None, :]
@@ -99,9 +105,9 @@ def block_penalty_nf4(
 ):  # fmt: skip
     """per_token [T], coefficient [T, K], active pairs; see `lockin_fast.block_penalty`."""
     check_dtype(h.dtype)
-    h, weight, codes, absmax = with_rows(h), weight.contiguous(), codes.contiguous(), absmax.contiguous()
+    h, weight, keep = with_rows(h), weight.contiguous(), as_bytes(mask)
+    codes, absmax = codes.contiguous(), absmax.contiguous()
     (T, D), K = h.shape, weight.shape[0]
-    keep = None if mask is None else mask.view(torch.uint8)  # bytes load in wide words, booleans through the stack
     count = 0 if channels is None else channels.shape[0]
     kept = (channels, outliers.contiguous()) if count else (None, None)
     per_token = torch.empty((T,), dtype=torch.float32, device=h.device)
