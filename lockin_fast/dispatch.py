@@ -28,6 +28,7 @@ FORCED = os.environ.get("LOCKIN_FAST_BACKEND", "")
 _library = torch.library.Library("lockin_fast", "FRAGMENT")
 _served = {}  # (op, device) -> (backend, why)
 _references = {}  # op -> the plain torch implementation
+_stock = {}  # op -> why the compiled CPU part may leave it to the reference
 _detours = {}  # (op, device) -> which calls do not reach the backend that serves the others
 _interpreter = Lock()  # triton's keeps its state in globals: one kernel at a time
 _fallbacks = Counter()  # (op, device, reason) -> calls
@@ -105,6 +106,11 @@ def detour(op, device, which):
     _detours[op, device] = which
 
 
+def stock(op, why):
+    """Let the report say why the compiled part has no kernel of `op` on some processors."""
+    _stock[op] = why
+
+
 def activate():
     """Register the fast kernels this process can use. Called once, when `lockin_fast.ops` is imported."""
     forced = FORCED
@@ -161,11 +167,11 @@ def _activate_cpu(forced, triton_missing, interpreting):
         raise RuntimeError(f"LOCKIN_FAST_BACKEND=cpu, but {cpu_missing}")
     why = f"LOCKIN_FAST_BACKEND={forced}" if forced else None
     if not cpu_missing:
-        # Depending on the processor, the compiled part leaves to stock torch what is as fast there.
         compiled = [op for op in _references if _has_cpu_kernel(op)]
         _serve(compiled, "cpu", "cpu", why or "compiled part loaded")
-        stock = "stock torch matrix products over tiles are as fast"
-        _serve([op for op in _references if op not in compiled], "cpu", "reference", stock)
+        for op in _references:
+            if op not in compiled:
+                _serve([op], "cpu", "reference", _stock.get(op, "the compiled part lacks it: build it again"))
     elif interpreting and not triton_missing and forced in ("", "triton"):
         _register_triton("cpu", triton_ops())
         _serve(triton_ops(), "cpu", "triton", why or "TRITON_INTERPRET=1")

@@ -35,7 +35,9 @@ def _fake(h, directions, index, coefficient):
 
 
 define("steer_", SCHEMA, reference, _fake)
-detour("steer_", "cpu", "directions in float64 go to stock torch")
+AUTOGRAD = "gradients of h and rows apart along d go to stock torch"
+detour("steer_", "cpu", f"directions in float64, {AUTOGRAD}")
+detour("steer_", "cuda", AUTOGRAD)
 _op = torch.ops.lockin_fast.steer_.default
 
 
