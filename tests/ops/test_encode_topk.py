@@ -1,10 +1,10 @@
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from memory import printed
 from penalty_oracle import assert_as_good_as_torch, clear_of_steps, encode, problem
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -254,28 +254,21 @@ def test_nothing_waits_for_the_device():
 
 
 MEMORY = """
-import sys, torch, lockin_fast
 tokens, width, latents, k = map(int, sys.argv[1:5])
 dtype, weight_dtype = getattr(torch, sys.argv[5]), getattr(torch, sys.argv[6])
-def peak():
-    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) / 1024
 weight = torch.empty(latents, width, dtype=weight_dtype)
 for part in weight.split(1024):
     part.normal_()
 h, bias = torch.randn(tokens, width).to(dtype), torch.zeros(latents)
 lockin_fast.encode_topk(h[:64], weight[:64], bias[:64], 8)
-open("/proc/self/clear_refs", "w").write("5")
-before = peak()
-values, indices = lockin_fast.encode_topk(h, weight, bias, k)
-print(peak() - before - (values.nbytes + indices.nbytes) / 2**20)
+(values, indices), risen = rise(lambda: lockin_fast.encode_topk(h, weight, bias, k))
+print(risen - (values.nbytes + indices.nbytes) / 2**20)
 """
 
 
 def scratch_mb(*arguments):
-    command = [sys.executable, "-c", MEMORY, *map(str, arguments)]
-    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
-    assert run.returncode == 0, run.stderr
-    return float(run.stdout)
+    (megabytes,) = printed(MEMORY, *arguments, OMP_NUM_THREADS="2")
+    return float(megabytes)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")

@@ -1,11 +1,10 @@
 import math
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from memory import printed
 from penalty_oracle import assert_as_good_as_torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -243,23 +242,15 @@ def test_errors_name_the_argument():
 
 
 MEMORY = """
-import torch, lockin_fast
-def peak():
-    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) / 1024
 x = torch.zeros(8, 16, 128256, dtype=torch.bfloat16)
 lockin_fast.js_divergence(x[:, :2])
-open("/proc/self/clear_refs", "w").write("5")
-before = peak()
-lockin_fast.js_divergence(x)
-print(peak() - before, next(r.backend for r in lockin_fast.backends() if r.op == "js_divergence"))
+_, risen = rise(lambda: lockin_fast.js_divergence(x))
+print(risen, next(r.backend for r in lockin_fast.backends() if r.op == "js_divergence"))
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_scratch_memory():
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr
-    megabytes, backend = run.stdout.split()
+    megabytes, backend = printed(MEMORY, OMP_NUM_THREADS="1")
     row = 4 * 128256 / 2**20  # in fp32; the reference holds the cluster's rows of one position, in fp64
     assert float(megabytes) < (row if backend == "cpu" else 8 * 2 * 8 * row)

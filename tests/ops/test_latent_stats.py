@@ -1,9 +1,9 @@
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
+from memory import printed
 from penalty_oracle import assert_as_good_as_torch, clear_of_steps, encode, problem
 
 import lockin_fast
@@ -221,12 +221,9 @@ def test_errors_name_the_argument():
 
 
 MEMORY = """
-import sys, torch, lockin_fast
 tokens, width, latents = map(int, sys.argv[1:4])
 dtype, weight_dtype = getattr(torch, sys.argv[4]), getattr(torch, sys.argv[5])
 torch.manual_seed(0)
-def peak():
-    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) / 1024
 weight = torch.empty(latents, width, dtype=weight_dtype)
 for part in weight.split(1024):
     part.normal_()
@@ -234,19 +231,15 @@ h, bias = torch.randn(tokens, width).to(dtype), torch.zeros(latents)
 h_ref = h + 1
 mask = torch.ones(tokens, dtype=torch.bool)
 lockin_fast.latent_stats(h[:64], weight[:64], bias[:64], h_ref=h_ref[:64], mask=mask[:64])
-open("/proc/self/clear_refs", "w").write("5")
-before = peak()
-stats = lockin_fast.latent_stats(h, weight, bias, h_ref=h_ref, mask=mask)
+stats, risen = rise(lambda: lockin_fast.latent_stats(h, weight, bias, h_ref=h_ref, mask=mask))
 outputs = sum(getattr(stats, n).nbytes for n in ("sum", "sum_squares", "count", "count_ref")) / 2**20
-print(peak() - before - outputs)
+print(risen - outputs)
 """
 
 
 def scratch_mb(*arguments, **environment):
-    command = [sys.executable, "-c", MEMORY, *map(str, arguments)]
-    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
-    assert run.returncode == 0, run.stderr
-    return float(run.stdout)
+    (megabytes,) = printed(MEMORY, *arguments, **environment)
+    return float(megabytes)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")

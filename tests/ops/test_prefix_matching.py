@@ -1,10 +1,9 @@
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from memory import printed
 from penalty_oracle import assert_as_good_as_torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -258,24 +257,16 @@ def test_errors_name_the_argument():
 
 
 MEMORY = """
-import torch, lockin_fast
-def peak():
-    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) / 1024
 q, k = (torch.randn(1, 4, 2048, 64) for _ in range(2))
 tokens = torch.arange(1024).repeat(1, 2)
 lockin_fast.prefix_matching(q[:, :, :256], k[:, :, :256], tokens[:, :256] % 99)
-open("/proc/self/clear_refs", "w").write("5")
-before = peak()
-lockin_fast.prefix_matching(q, k, tokens)
-print(peak() - before, next(r.backend for r in lockin_fast.backends() if r.op == "prefix_matching"))
+_, risen = rise(lambda: lockin_fast.prefix_matching(q, k, tokens))
+print(risen, next(r.backend for r in lockin_fast.backends() if r.op == "prefix_matching"))
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_scratch_memory():
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr
-    megabytes, backend = run.stdout.split()
+    megabytes, backend = printed(MEMORY, OMP_NUM_THREADS="1")
     matrix = 4 * 4 * 2048**2 / 2**20
     assert float(megabytes) < (0.01 if backend == "cpu" else 0.5) * matrix
