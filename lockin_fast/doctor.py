@@ -19,6 +19,7 @@ EXTRAS = {
     "report": ("matplotlib", "jinja2"),
     "cli": ("typer", "rich", "pyyaml"),
     "triton": ("triton",),
+    "quantization": ("bitsandbytes",),
 }
 MODULES = {"pyyaml": "yaml"}
 
