@@ -154,8 +154,9 @@ def headline():
             best, *_, costliest = sorted(filter(is_baseline, group), key=lambda row: row["median_ms"])
             baselines = " | ".join(f"{row['provider']}, {digits(row['median_ms'])} ms" for row in (costliest, best))
             lines.append(
-                f"| {about}: `{ours['provider']}` | {baselines} | {digits(ours['median_ms'])} ms "
-                f"| {ours['best_baseline_over_this']:.3g}x | {ours['of_ceiling']:.0%} |"
+                f"| [{about}](benchmarks/results/{name}.csv): `{ours['provider']}` | {baselines} "
+                f"| {digits(ours['median_ms'])} ms | {ours['best_baseline_over_this']:.3g}x "
+                f"| {ours['of_ceiling']:.0%} |"
             )
     return lines
 

@@ -76,7 +76,9 @@ def in_subprocess(name, index, allocator, options):
     command += ["--rounds", str(options.rounds)] if options.rounds else []
     command += ["--with-memory"] if allocator == "default" else []
     environment = {**os.environ, **ALLOCATORS[allocator]}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{name}, case {index}, {allocator} allocator: not measured, for the error above; {name}.csv stays")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -141,7 +143,10 @@ def main(arguments=None):
         return
     print(describe(provenance()))
     for name in options.names or names():
-        run(name, options)
+        try:
+            run(name, options)
+        except KeyboardInterrupt:
+            sys.exit(f"interrupted: {name} is not written, what was measured before it is")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def test_the_page_keeps_what_stands_around_the_tables(measured, tmp_path, monkey
     report.main()
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert front.read_text().count("a made problem: `op` | slower, ") == 1
+    assert front.read_text().count("| [a made problem](benchmarks/results/made.csv): `op` | slower, ") == 1
     assert text.count("### made") == text.count(report.BEGIN) == text.count(report.END) == 1
 
 
