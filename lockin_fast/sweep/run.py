@@ -9,7 +9,7 @@ from lockin_fast.config import Config, ConfigError
 from lockin_fast.discovery.run import SETS
 from lockin_fast.inputs import adapter_bytes, check_files, input_hashes, open_exam, open_inputs
 from lockin_fast.progress import Progress, silent
-from lockin_fast.provenance import kernels, versions
+from lockin_fast.provenance import versions
 from lockin_fast.rundir import (
     RunError,
     check_claim,
@@ -20,8 +20,9 @@ from lockin_fast.rundir import (
     write_json_lines,
     write_text,
 )
+from lockin_fast.sweep.engines import batches, in_process
 from lockin_fast.sweep.summary import summarise
-from lockin_fast.sweep.trial import Trial, run_trial
+from lockin_fast.sweep.trial import Trial
 
 SECTIONS = ("lora", "train", "block", "sweep", "generation", "judge")
 MAY_GROW = ("sweep.lambdas", "sweep.seeds")
@@ -64,21 +65,15 @@ def run_sweep(config: Config, progress: Progress = silent) -> dict[str, Any]:
     exam = open_exam(config, "final", "in_domain")
     inputs = open_inputs(config, latents)
     trials = plan(config)
-    missing = sum(not (run / "trials" / trial.name).is_dir() for trial in trials)
+    missing = batches(trials, run / "trials")
     replies = sum(map(len, exam.prompts.values()))
-    check_place(run, SLACK_BYTES + missing * (adapter_bytes(inputs) + BYTES_PER_REPLY * replies))
+    folders = sum(len(batch.folders) for batch in missing)
+    check_place(run, SLACK_BYTES + folders * (adapter_bytes(inputs) + BYTES_PER_REPLY * replies))
 
     with claim(run, "sweep", entry | {"versions": versions()}, may_grow=MAY_GROW) as record:
         write_config(config, run)
-        for number, trial in enumerate(trials, 1):
-            folder = run / "trials" / trial.name
-            if folder.is_dir():
-                continue
-            stage = f"[{number}/{len(trials)}] {trial.name}"
-            progress(stage, 0, 0)
-            run_trial(trial, inputs, exam, folder, lambda d, t, s=stage: progress(s, d, t))
         if missing:
-            record(kernels=kernels())
+            record(kernels=in_process(missing, inputs, exam, progress))
         return _finish(run, trials, {"train_rows": len(inputs.dataset), "train_rows_dropped": inputs.dataset.dropped})
 
 

@@ -97,7 +97,7 @@ def test_its_config_passes_the_checks_of_discover_and_sweep(organism, tmp_path, 
     from lockin_fast.blocking import LatentSet
     from lockin_fast.discovery.run import discover
     from lockin_fast.discovery.search import Search
-    from lockin_fast.sweep import run as sweep_run
+    from lockin_fast.sweep import engines, run_sweep
 
     config = load_config(organism / "config.yaml", [f"output={tmp_path / 'run'}", "discovery.pool=40"])
     assert config.lora == RECIPE.lora and config.train == RECIPE.train and config.block.layer == RECIPE.layer
@@ -106,9 +106,9 @@ def test_its_config_passes_the_checks_of_discover_and_sweep(organism, tmp_path, 
         discover(config)
     (tmp_path / "run" / "latents").mkdir()
     LatentSet([0], [1], layer=RECIPE.layer).save(tmp_path / "run" / "latents" / "causal.json")
-    monkeypatch.setattr(sweep_run, "run_trial", begin)
+    monkeypatch.setattr(engines, "run_trial", begin)
     with pytest.raises(Checked):
-        sweep_run.run_sweep(config)
+        run_sweep(config)
 
 
 def test_the_folder_can_be_moved(organism, tmp_path):
