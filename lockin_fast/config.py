@@ -122,11 +122,16 @@ class JudgeSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run. `notes` tell the user how the file was read; they are no part of the run's identity."""
+    """One run. `notes` tell the user how the file was read; they are no part of the run's identity.
+
+    quantization: how the base model's linear layers are held while adapters train on it: as the file has them, or by
+    bitsandbytes in 4 bits (nf4, as QLoRA does) or 8.
+    """
 
     model: Path | None = None
     sae: Path | None = None
     output: Path | None = None
+    quantization: Literal["none", "nf4", "int8"] = "none"
     data: DataSettings = DataSettings()
     lora: LoraSettings = LoraSettings()
     train: TrainSettings = TrainSettings()

@@ -13,6 +13,7 @@ from lockin_fast.chat import ChatDataset, read_chat
 from lockin_fast.config import Config, ConfigError
 from lockin_fast.judges import Judge, judge_source, load_judge
 from lockin_fast.lora import check_lora
+from lockin_fast.quantized import keep_trainable, quantization_config
 from lockin_fast.rundir import hash_files
 from lockin_fast.sae import SparseAutoencoder, load_sae
 
@@ -215,10 +216,19 @@ def _shape_and_tokenizer(config: Config) -> tuple[Any, Any]:
 
 
 def _load_model(config: Config) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = {"local_files_only": True, "dtype": "auto"}
+    if config.quantization != "none":
+        dtype = getattr(AutoConfig.from_pretrained(config.model, local_files_only=True), "dtype", None)
+        # bitsandbytes quantises on the way to the device; a quantised model is not moved any more.
+        options |= {"quantization_config": quantization_config(config.quantization, dtype), "device_map": {"": device}}
     with _naming("model", Exception):  # damaged weights raise whatever their reader likes
-        model = AutoModelForCausalLM.from_pretrained(config.model, local_files_only=True, dtype="auto")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        model = AutoModelForCausalLM.from_pretrained(config.model, **options)
+    if config.quantization == "none":
+        model = model.to(device)
+    keep_trainable(model)
+    return model.eval()

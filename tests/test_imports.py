@@ -17,6 +17,7 @@ LAYERS = [
     {"dispatch"},
     {"ops"},
     {"sae"},
+    {"quantized"},
     {"chat", "blocking", "lora", "train", "generation", "organism", "judges", "config", "inputs", "discovery"},
     {"sweep", "report", "monitor"},
     {"doctor", "demo", "terminal"},

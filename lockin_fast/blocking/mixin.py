@@ -9,6 +9,7 @@ from lockin_fast.blocking.layers import captured_forward, decoder_layer, unwrap
 from lockin_fast.blocking.meter import LossMeter
 from lockin_fast.blocking.penalty import BlockPenalty
 from lockin_fast.blocking.reference import Reference
+from lockin_fast.quantized import keep_trainable
 
 IGNORED = -100  # the label of a token that is not supervised
 
@@ -46,6 +47,7 @@ class LatentBlockMixin:
                     "trainer's back; launch with torchrun or accelerate, or set CUDA_VISIBLE_DEVICES to one GPU"
                 )
             penalty.check_model(self.model)
+            keep_trainable(unwrap(self.model))  # the reference's pass and the trainer's evaluation run in eval mode
         self.block_penalty = penalty
         self._block_model = None
         self._loss_meter = LossMeter()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lockin_fast.blocking.layers import decoder_layer, is_sharded, residual_stream, text_config, unwrap
+from lockin_fast.quantized import is_quantized
 
 _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch")
 
@@ -56,7 +57,9 @@ class Reference:
         self._model = unwrap(model)
         self._layer = decoder_layer(model, layer)
         self._adapters = adapter_modules(self._model) if adapters else []
-        self._modules = list(self._model.modules())
+        # A quantised layer drops nothing, and multiplies otherwise in eval mode than in training on some devices, where
+        # the reference would no longer be the model in training without its adapters.
+        self._modules = [module for module in self._model.modules() if not is_quantized(module)]
         # FSDP's collectives must not be cut short.
         self._runs_on = is_sharded(self._model)
         self._overrides = {"use_cache": False} if hasattr(text_config(model), "use_cache") else {}

@@ -39,7 +39,7 @@ def discover(config: Config, progress: Progress = silent) -> dict[str, Path]:
         "discovery.misaligned": settings.misaligned,
     } | ({"judge.path": config.judge.path} if config.judge.path else {})
     entry = {
-        "config": config.identity("discovery", "generation", "lora", "train")
+        "config": config.identity("quantization", "discovery", "generation", "lora", "train")
         | {"block.layer": config.block.layer, "block.tokens": config.block.tokens},
         "inputs": {name: hash_files(path) for name, path in paths.items()},
     }

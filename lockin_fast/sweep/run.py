@@ -24,7 +24,7 @@ from lockin_fast.sweep.engines import batches, in_process
 from lockin_fast.sweep.summary import summarise
 from lockin_fast.sweep.trial import Trial
 
-SECTIONS = ("lora", "train", "block", "sweep", "generation", "judge")
+SECTIONS = ("quantization", "lora", "train", "block", "sweep", "generation", "judge")
 MAY_GROW = ("sweep.lambdas", "sweep.seeds")
 BYTES_PER_REPLY = 4096
 SLACK_BYTES = 2**21  # summary, figures and report

@@ -20,7 +20,7 @@ from lockin_fast.rundir import (
 from lockin_fast.sweep.run import SLACK_BYTES, write_config
 from lockin_fast.sweep.trial import train_into
 
-SECTIONS = ("lora", "train", "block")
+SECTIONS = ("quantization", "lora", "train", "block")
 
 
 def run_training(config: Config, progress: Progress = silent) -> dict[str, Any]:
