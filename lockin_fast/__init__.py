@@ -14,6 +14,7 @@ _EXPORTS = {
     "block_penalty_tap": "lockin_fast.ops.block_penalty_tap",
     "encode_latents": "lockin_fast.ops.encode_latents",
     "encode_topk": "lockin_fast.ops.encode_topk",
+    "gradient_tap": "lockin_fast.ops.gradient_tap",
     "js_divergence": "lockin_fast.ops.js_divergence",
     "latent_stats": "lockin_fast.ops.latent_stats",
     "outlier_channels": "lockin_fast.ops.nf4_tensor",

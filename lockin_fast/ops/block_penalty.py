@@ -9,6 +9,7 @@ from lockin_fast.dispatch import define
 from lockin_fast.ops import _checks
 from lockin_fast.ops.encode_latents import inactive, preactivation
 from lockin_fast.ops.encode_latents import reference as encode_reference
+from lockin_fast.ops.gradient_tap import TappedPenalty, tap_of
 from lockin_fast.ops.latent_backward import latent_backward
 from lockin_fast.ops.nf4_tensor import NF4Tensor
 
@@ -156,13 +157,18 @@ def block_penalty(
     `bias` requires grad.
 
     Costs 2 T d K FLOPs (twice that with h_ref) and one read of h; never [T, F]. Keeps [T, K] float32 for the backward,
-    which skips tokens where nothing is active.
+    which skips tokens where nothing is active, and makes a gradient [..., d] unless h comes from `gradient_tap`.
 
     Definition: BLOCK-EM, arXiv 2602.00767.
     """
     args = op_arguments(h, weight, bias, sign, z_ref, h_ref, mask, threshold, margin, latent_reduction)
     if h.requires_grad and torch.is_grad_enabled():
-        per_token, active = PerTokenPenalty.apply(*args)
+        tap = tap_of(h)
+        if tap is None:
+            per_token, active = PerTokenPenalty.apply(*args)
+        else:
+            per_token, coefficient, active = run(args[0].detach(), *args[1:])
+            per_token, active = TappedPenalty.apply(h, tap, per_token, coefficient, active, args[1])
     else:
         per_token, _, active = run(*args)
     return Penalty(per_token.sum(), count_tokens(args[0], mask), active)

@@ -111,17 +111,21 @@ EITHER = {
 EVERY = UNSHARED | SHARED | EITHER
 
 
-def run(consume, monkeypatch, in_place, retain=False, roots=None):
+def whole(x, *rows, **options):
+    return lockin_fast.block_penalty_tap(x, *rows, **options)
+
+
+def run(consume, monkeypatch, in_place, retain=False, *, tapped=whole, module=tap_module):
     """Gradient of x, everything kept, and how often the tap wrote in place."""
     p = problem(T, D, K, torch.float32)
     x = p.h.clone().requires_grad_()
     kept, written = [], []
-    write = tap_module.latent_backward_
+    write = module.latent_backward_
     with monkeypatch.context() as patch:
-        patch.setattr(tap_module, "latent_backward_", lambda *args: written.append(1) or write(*args))
+        patch.setattr(module, "latent_backward_", lambda *args: written.append(1) or write(*args))
         if not in_place:
-            patch.setattr(tap_module, "holders_are_seen", lambda: False)
-        h, penalty = lockin_fast.block_penalty_tap(x * 1.0, p.weight, p.bias, p.sign, h_ref=p.h_ref)
+            patch.setattr(module, "holders_are_seen", lambda: False)
+        h, penalty = tapped(x * 1.0, p.weight, p.bias, p.sign, h_ref=p.h_ref)
         loss = consume(h, kept) + 3.0 * penalty.total
         if retain:
             loss.backward(retain_graph=True)

@@ -34,7 +34,7 @@ def test_opcheck(dtype):
 def step(x, p):
     """Everything public in one graph."""
     h, penalty = lockin_fast.block_penalty_tap(x * 1.0, p.weight, p.bias, p.sign, **p.options)
-    other = lockin_fast.block_penalty(h.tanh(), p.weight, p.bias, p.sign, h_ref=p.h_ref)
+    other = lockin_fast.block_penalty(lockin_fast.gradient_tap(h.tanh()), p.weight, p.bias, p.sign, h_ref=p.h_ref)
     z = lockin_fast.encode_latents(h, p.weight, p.bias, threshold=p.threshold)
     stats = lockin_fast.latent_stats(h.detach(), p.weight, p.bias, mask=p.mask)
     loss = h.square().sum() + 2.0 * penalty.total + 0.5 * other.total / other.tokens + z.sum()
