@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor, nn
 
 _STACK_NAMES = ("layers", "h", "blocks")
+FINAL = "final"  # the site of the last hidden state, after the final norm: what the unembedding multiplies
+Site = int | Literal["final"]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -34,6 +37,18 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     Covers Llama, Qwen, Mistral and Gemma (`model.layers`) and GPT-2 (`transformer.h`), wrapped or not.
     Raises ValueError when there is none, or more than one.
     """
+    return _stack(model)[1]
+
+
+def site_module(model: nn.Module, site: Site) -> nn.Module:
+    """The module whose output is the hidden state at this site: a decoder layer by its index, or the whole decoder."""
+    if site != FINAL:
+        return decoder_layer(model, site)
+    return unwrap(model).get_submodule(_stack(model)[0].rpartition(".")[0])
+
+
+def _stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder layers."""
     count = text_config(model).num_hidden_layers
     stacks = {
         name: module
@@ -46,7 +61,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
             f"model: expected one list of {count} decoder layers in {type(model).__name__} named "
             f"{', '.join(_STACK_NAMES)}; found {found}"
         )
-    return next(iter(stacks.values()))
+    return next(iter(stacks.items()))
 
 
 def decoder_layer(model: nn.Module, layer: int) -> nn.Module:
@@ -61,22 +76,22 @@ def decoder_layer(model: nn.Module, layer: int) -> nn.Module:
 
 
 def residual_stream(output) -> Tensor:
-    """A decoder layer's hidden state: its output, or the first entry where it returns a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+    """The hidden state in a site's output: the output itself, or its first entry where it holds more."""
+    return output if isinstance(output, Tensor) else output[0]
 
 
 @dataclass
 class Captured:
-    """What one forward showed: the arguments of the model and the blocked layer's output, or None if never reached."""
+    """What one forward showed: the arguments of the model and the watched modules' outputs, as far as reached."""
 
     args: tuple = ()
     kwargs: dict | None = None
-    hidden: Tensor | None = None
+    hidden: dict[nn.Module, Tensor] = field(default_factory=dict)
 
 
 @contextmanager
-def captured_forward(model: nn.Module, layer: nn.Module) -> Iterator[Captured]:
-    """Record the first forward of `model` and the first output of `layer` inside the context.
+def captured_forward(model: nn.Module, *modules: nn.Module) -> Iterator[Captured]:
+    """Record the first forward of `model` and the first output of each of `modules` inside the context.
 
     The hooks only look; what is computed from the capture is computed after the forward, since work inside a hook
     breaks activation checkpointing. They are gone when the context ends, whatever ended it.
@@ -88,14 +103,12 @@ def captured_forward(model: nn.Module, layer: nn.Module) -> Iterator[Captured]:
             seen.args, seen.kwargs = args, kwargs
 
     def see_hidden(module, args, output):
-        if seen.hidden is None:
-            seen.hidden = residual_stream(output)
+        seen.hidden.setdefault(module, residual_stream(output))
 
-    handles = [
-        unwrap(model).register_forward_pre_hook(see_arguments, with_kwargs=True),
-        layer.register_forward_hook(see_hidden),
-    ]
+    handles = [unwrap(model).register_forward_pre_hook(see_arguments, with_kwargs=True)]
     try:
+        for module in modules:
+            handles.append(module.register_forward_hook(see_hidden))
         yield seen
     finally:
         for handle in handles:

@@ -1,17 +1,16 @@
-"""The block penalty inside a Hugging Face style trainer."""
+"""The loss terms inside a Hugging Face style trainer."""
 
 import math
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
-from lockin_fast.blocking.layers import captured_forward, decoder_layer, unwrap
+from lockin_fast.blocking.layers import captured_forward, site_module, unwrap
 from lockin_fast.blocking.meter import LossMeter
-from lockin_fast.blocking.penalty import BlockPenalty
 from lockin_fast.blocking.reference import Reference
+from lockin_fast.blocking.terms import LossTerm
+from lockin_fast.blocking.tokens import IGNORED, check_supervised
 from lockin_fast.quantized import keep_trainable
-
-IGNORED = -100  # the label of a token that is not supervised
 
 
 class LatentBlockMixin:
@@ -20,10 +19,11 @@ class LatentBlockMixin:
         class BlockSFTTrainer(LatentBlockMixin, SFTTrainer): ...
         BlockSFTTrainer(model, ..., penalty=BlockPenalty(sae, latents, layer, weight))
 
-    In training, the decoder layer's output and the model's arguments are recorded during the one forward that the
-    trainer makes; the penalty is computed after it. Its sum over tokens is divided by what the trainer divides its own
-    loss by: the count of supervised targets of the whole accumulated batch over all processes, or the micro-batch's own
-    where the trainer averages micro-batches. So 1x8, 2x4 and 8x1 train the same model. Evaluation is left alone.
+    penalty: one `LossTerm` or several: a BlockPenalty for every blocked layer, a KLPenalty. In training, the hidden
+    states that they are about and the model's arguments are recorded during the one forward that the trainer makes; the
+    terms are computed after it. Each sum over tokens is divided by what the trainer divides its own loss by: the count
+    of supervised targets of the whole accumulated batch over all processes, or the micro-batch's own where the trainer
+    averages micro-batches. So 1x8, 2x4 and 8x1 train the same model. Evaluation is left alone.
 
     Logged with the trainer's loss = sft_loss + lambda * block_penalty: `sft_loss`, `block_penalty` (without lambda),
     `active_fraction` of (token, latent) pairs, `lambda`; one synchronisation per logging step.
@@ -33,29 +33,29 @@ class LatentBlockMixin:
     loss is not finite, at the next logging step.
     """
 
-    def __init__(self, *args, penalty: BlockPenalty | None = None, **kwargs):
+    def __init__(self, *args, penalty: LossTerm | Sequence[LossTerm] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self._set_penalty(penalty)
 
-    def _set_penalty(self, penalty: BlockPenalty | None) -> None:
-        if penalty is not None and not isinstance(penalty, BlockPenalty):
-            raise TypeError(f"penalty: got {type(penalty).__name__}, expected a BlockPenalty")
-        if penalty is not None:
-            if self.args.n_gpu > 1:
-                raise ValueError(
-                    f"trainer: DataParallel over {self.args.n_gpu} GPUs is not supported: it splits a batch behind the "
-                    "trainer's back; launch with torchrun or accelerate, or set CUDA_VISIBLE_DEVICES to one GPU"
-                )
-            penalty.check_model(self.model)
+    def _set_penalty(self, penalty: LossTerm | Sequence[LossTerm] | None) -> None:
+        terms = checked_terms(penalty)
+        if terms and self.args.n_gpu > 1:
+            raise ValueError(
+                f"trainer: DataParallel over {self.args.n_gpu} GPUs is not supported: it splits a batch behind the "
+                "trainer's back; launch with torchrun or accelerate, or set CUDA_VISIBLE_DEVICES to one GPU"
+            )
+        for term in terms:
+            term.check_model(self.model)
+        if terms:
             keep_trainable(unwrap(self.model))  # the reference's pass and the trainer's evaluation run in eval mode
-        self.block_penalty = penalty
-        self._block_model = None
-        self._loss_meter = LossMeter()
+        self.loss_terms = terms
+        self._bound_model = None
+        self._loss_meter = LossMeter(tuple(dict.fromkeys(term.column for term in terms)))
 
     def train(self, *args, **kwargs):
         check_supervised(self.train_dataset)
         self._loss_meter.reset()
-        self._block_model = None  # adapters may have come or gone since the last time
+        self._bound_model = None  # adapters may have come or gone since the last time
         return super().train(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -63,52 +63,68 @@ class LatentBlockMixin:
         # Evaluation calls this too, and is to show the plain loss.
         if not model.training:
             return super().compute_loss(model, inputs, **options)
-        if self.block_penalty is None:
+        if not self.loss_terms:
             result = super().compute_loss(model, inputs, **options)
             self._record(result[0] if return_outputs else result, num_items_in_batch)
             return result
         labels = inputs.get("labels")  # the trainer may take them out of the inputs
         self._find_sites(model)
-        with captured_forward(model, self._block_layer) as seen:
+        with captured_forward(model, *self._sites.values()) as seen:
             result = super().compute_loss(model, inputs, **options)
         sft_loss, *outputs = result if return_outputs else (result,)
-        loss = self._add_penalty(sft_loss, seen, labels, num_items_in_batch)
+        loss = self._add_terms(sft_loss, seen, labels, num_items_in_batch)
         return (loss, *outputs) if return_outputs else loss
 
     def _find_sites(self, model: nn.Module) -> None:
-        """The penalised layer and the reference inside this model; looked up once, since the search walks the model."""
-        if self._block_model is not model:
-            penalty = self.block_penalty
-            live = penalty.reference == "live"
-            self._block_layer = decoder_layer(model, penalty.layer)
-            self._block_reference = Reference(model if live else penalty.reference, penalty.layer, adapters=live)
-            self._block_model = model
+        """The sites and the references inside this model; looked up once, since the search walks the model."""
+        if self._bound_model is model:
+            return
+        self._sites = {term.site: site_module(model, term.site) for term in self.loss_terms}
+        sites_of = {term.reference: [] for term in self.loss_terms}
+        for term in self.loss_terms:
+            sites_of[term.reference].append(term.site)
+        self._references = {
+            reference: Reference(model if reference == "live" else reference, *sites, adapters=reference == "live")
+            for reference, sites in sites_of.items()
+        }
+        self._bound_model = model
 
-    def _add_penalty(self, sft_loss: Tensor, seen, labels, num_items_in_batch) -> Tensor:
-        penalty = self.block_penalty
+    def _add_terms(self, sft_loss: Tensor, seen, labels, num_items_in_batch) -> Tensor:
         self._check_capture(seen)
-        mask = token_mask(penalty.tokens, labels, seen.kwargs, seen.hidden)
         with self.accelerator.autocast():
-            h_ref = self._block_reference.hidden_state(seen.args, seen.kwargs)
-        measured = penalty(seen.hidden if penalty.weight else seen.hidden.detach(), h_ref=h_ref, mask=mask)
+            found = {
+                source: reference.hidden_states(seen.args, seen.kwargs)
+                for source, reference in self._references.items()
+            }
         scale = self._penalty_scale(labels, num_items_in_batch)
-        mean = (measured.total * scale).to(sft_loss.device)
-        self._record(sft_loss, num_items_in_batch, mean, measured.active, measured.tokens * len(penalty.latents))
-        return sft_loss + penalty.weight * mean if penalty.weight else sft_loss
+        loss, values, active, pairs = sft_loss, {}, 0, 0
+        for term in self.loss_terms:
+            hidden = seen.hidden[self._sites[term.site]]
+            h_ref = found[term.reference][term.site]
+            measured = term.measure(hidden if term.weight else hidden.detach(), h_ref, labels, seen.kwargs)
+            mean = (measured.total * scale).to(sft_loss.device)
+            if term.weight:
+                loss = loss + term.weight * mean
+            values[term.column] = values.get(term.column, 0.0) + mean.detach()
+            active, pairs = active + measured.active, pairs + measured.pairs
+        self._record(sft_loss, num_items_in_batch, values, active, pairs)
+        return loss
 
     def _check_capture(self, seen) -> None:
-        layer = self.block_penalty.layer
-        if seen.hidden is None or seen.kwargs is None:
-            raise RuntimeError(
-                f"layer {layer} of {type(unwrap(self.model)).__name__} was not seen in the trainer's forward; a "
-                "compiled model hides it: train without torch_compile"
-            )
-        if self.block_penalty.weight and not seen.hidden.requires_grad:
-            raise RuntimeError(
-                f"the output of layer {layer} takes no gradient, so the penalty could change nothing: no parameter at "
-                "or below that layer is trained, or reentrant activation checkpointing cuts it off (pass "
-                'gradient_checkpointing_kwargs={"use_reentrant": False})'
-            )
+        for term in self.loss_terms:
+            hidden = seen.hidden.get(self._sites[term.site])
+            where = term.site if isinstance(term.site, str) else f"layer {term.site}"
+            if hidden is None or seen.kwargs is None:
+                raise RuntimeError(
+                    f"{where} of {type(unwrap(self.model)).__name__} was not seen in the trainer's forward; a "
+                    "compiled model hides it: train without torch_compile"
+                )
+            if term.weight and not hidden.requires_grad:
+                raise RuntimeError(
+                    f"the output of {where} takes no gradient, so the penalty could change nothing: no parameter at "
+                    "or below that layer is trained, or reentrant activation checkpointing cuts it off (pass "
+                    'gradient_checkpointing_kwargs={"use_reentrant": False})'
+                )
 
     def _scaled_for_accumulation(self, num_items_in_batch) -> bool:
         """Whether the trainer divides its loss by the count of the whole accumulated batch."""
@@ -127,31 +143,30 @@ class LatentBlockMixin:
             return self.accelerator.num_processes // tensor_parallel / num_items_in_batch
         return 1.0 / num_items_in_batch
 
-    def _record(self, sft_loss: Tensor, num_items_in_batch, penalty=0.0, active=0, pairs=0) -> None:
+    def _record(self, sft_loss: Tensor, num_items_in_batch, values=(), active=0, pairs=0) -> None:
         share = 1.0 / getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
         # A loss that is not scaled yet is divided by the accumulation steps after compute_loss.
         part = 1.0 if self._scaled_for_accumulation(num_items_in_batch) else share
-        self._loss_meter.add(sft_loss.detach() * part, penalty * part, active, pairs, share=share)
+        losses = {name: value * part for name, value in {"sft_loss": sft_loss.detach(), **dict(values)}.items()}
+        self._loss_meter.add(losses, active, pairs, share=share)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs or "train_loss" in logs:
             means = self._loss_meter.drain(self.accelerator.gather if self.args.world_size > 1 else None)
-            for name in ("sft_loss", "block_penalty"):
-                if not math.isfinite(means.get(name, 0.0)):
+            for name, value in means.items():
+                if not math.isfinite(value):
                     raise FloatingPointError(
-                        f"{name} is {means[name]} within the steps up to {self.state.global_step}; training stopped. "
+                        f"{name} is {value} within the steps up to {self.state.global_step}; training stopped. "
                         "Look for batches without a supervised token, too large a learning rate or lambda, or fp16"
                     )
-            if means and self.block_penalty is not None:
-                means["lambda"] = self.block_penalty.weight
-            elif means:
-                means = {"sft_loss": means["sft_loss"]}
+            if means:
+                means |= {term.weight_column: term.weight for term in self.loss_terms}
             logs = {**logs, **means}
         super().log(logs, *args, **kwargs)
 
 
-def attach(trainer, penalty: BlockPenalty):
-    """Give an existing trainer the block penalty, in place, and return it; called again, the penalty is replaced.
+def attach(trainer, penalty: LossTerm | Sequence[LossTerm]):
+    """Give an existing trainer one loss term or several, in place, and return it; called again, they are replaced.
 
     The trainer's class becomes a subclass of itself and `LatentBlockMixin`, so its own compute_loss, callbacks and
     state stay. Raises TypeError for something that is no trainer, and what `LatentBlockMixin` raises.
@@ -162,8 +177,7 @@ def attach(trainer, penalty: BlockPenalty):
     if isinstance(trainer, LatentBlockMixin):
         trainer._set_penalty(penalty)
         return trainer
-    if not isinstance(penalty, BlockPenalty):
-        raise TypeError(f"penalty: got {type(penalty).__name__}, expected a BlockPenalty")
+    checked_terms(penalty)
     trainer.__class__ = type(f"Block{cls.__name__}", (LatentBlockMixin, cls), {"__module__": cls.__module__})
     try:
         trainer._set_penalty(penalty)
@@ -173,45 +187,21 @@ def attach(trainer, penalty: BlockPenalty):
     return trainer
 
 
-def token_mask(tokens: str, labels: Tensor | None, kwargs: dict, hidden: Tensor) -> Tensor:
-    """Which tokens are penalised: bool, the leading shape of hidden [B, S, d].
+def checked_terms(penalty: LossTerm | Sequence[LossTerm] | None) -> tuple[LossTerm, ...]:
+    """The loss terms as a tuple, empty for None.
 
-    "supervised": the token's own label is not -100. "all": every token the attention mask keeps, or every token where
-    there is none (padding-free batches).
+    Raises TypeError for what is no loss term, ValueError where terms that share a column of the log differ in weight.
     """
-    if labels is None:
-        raise ValueError("labels: the batch has none; the penalty needs them to find and count supervised tokens")
-    shape = hidden.shape[:-1]
-    if labels.shape != shape:
-        raise ValueError(
-            f"labels: got shape {tuple(labels.shape)}, expected that of the penalised layer's tokens, {tuple(shape)}; "
-            "adapters that add virtual tokens are not supported"
-        )
-    if tokens == "supervised":
-        return (labels != IGNORED).to(hidden.device)
-    attention = kwargs.get("attention_mask")
-    if attention is None:
-        return torch.ones(shape, dtype=torch.bool, device=hidden.device)
-    if attention.shape != shape:
-        raise ValueError(f'attention_mask: got shape {tuple(attention.shape)}; tokens="all" needs {tuple(shape)}')
-    return attention.to(hidden.device, torch.bool)
-
-
-def check_supervised(dataset) -> None:
-    """Raise ValueError when the dataset is empty or no row has a supervised token. Stops at the first row that has one.
-
-    Iterable datasets, and rows whose labels only the collator makes, are left to the trainer.
-    """
-    if dataset is None or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        return
-    if len(dataset) == 0:
-        raise ValueError("train_dataset: got an empty dataset, expected at least one row")
-    for i in range(len(dataset)):
-        row = dataset[i]
-        labels = row.get("labels") if hasattr(row, "get") else None
-        if labels is None or bool((torch.as_tensor(labels) != IGNORED).any()):
-            return
-    raise ValueError(
-        f"train_dataset: every label of its {len(dataset)} rows is {IGNORED}, so there is nothing to learn; check the "
-        "chat template's assistant mask, and max_length"
-    )
+    if penalty is None:
+        return ()
+    terms = tuple(penalty) if isinstance(penalty, (list, tuple)) else (penalty,)
+    weights = {}
+    for term in terms:
+        if not isinstance(term, LossTerm):
+            raise TypeError(f"penalty: got {type(term).__name__}, expected a BlockPenalty, a KLPenalty or several")
+        if weights.setdefault(term.column, term.weight) != term.weight:
+            raise ValueError(
+                f"penalty: the terms that log {term.column} have the weights {weights[term.column]:g} and "
+                f"{term.weight:g}; give them one lambda"
+            )
+    return terms

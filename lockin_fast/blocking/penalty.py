@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from lockin_fast.blocking.latents import LatentSet
 from lockin_fast.blocking.layers import decoder_layer, hidden_size, unwrap
 from lockin_fast.blocking.reference import check_live_reference
+from lockin_fast.blocking.terms import Measured
+from lockin_fast.blocking.tokens import token_mask
 from lockin_fast.ops.block_penalty import Penalty, block_penalty
 
 
@@ -43,6 +45,8 @@ class BlockPenalty:
     tokens, 4 T K bytes of coefficients. Source: BLOCK-EM, arXiv 2602.00767.
     """
 
+    column, weight_column = "block_penalty", "lambda"
+
     def __init__(
         self, sae, latents: LatentSet, layer: int, weight: float, *,
         reference="live", tokens="supervised", latent_reduction="sum", gate="relu", margin=None,
@@ -64,6 +68,11 @@ class BlockPenalty:
         self.reference, self.tokens, self.latent_reduction, self.gate = reference, tokens, latent_reduction, gate
         self._master, self._normalize = _chosen_rows(sae, latents, gate, margin)
         self._cast: dict[tuple[torch.dtype, torch.device], Rows] = {}
+
+    @property
+    def site(self) -> int:
+        """Where the hidden state is read: the blocked layer."""
+        return self.layer
 
     def rows(self, dtype: torch.dtype, device: torch.device) -> Rows:
         """The K rows in this dtype on this device."""
@@ -90,6 +99,11 @@ class BlockPenalty:
                 h, rows.weight, rows.bias, rows.sign, z_ref=z_ref, h_ref=h_ref, mask=mask,
                 threshold=rows.threshold, margin=rows.margin, latent_reduction=self.latent_reduction,
             )  # fmt: skip
+
+    def measure(self, h: Tensor, h_ref: Tensor, labels: Tensor | None, kwargs: dict) -> Measured:
+        """The penalty of a trainer's micro-batch, h and h_ref [B, S, d], over the tokens that `tokens` says."""
+        total, tokens, active = self(h, h_ref=h_ref, mask=token_mask(self.tokens, labels, kwargs, h))
+        return Measured(total, active, tokens * len(self.latents))
 
     def check_model(self, model: nn.Module) -> None:
         """Raise ValueError unless this penalty fits the model: layer, width, and adapters for a live reference."""

@@ -1,4 +1,4 @@
-"""The live reference: the base model's hidden state for the batch at hand, at the cost of the layers it needs."""
+"""The live reference: the base model's hidden states for the batch at hand, at the cost of the layers they need."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,14 +6,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lockin_fast.blocking.layers import decoder_layer, is_sharded, residual_stream, text_config, unwrap
+from lockin_fast.blocking.layers import Site, is_sharded, residual_stream, site_module, text_config, unwrap
 from lockin_fast.quantized import is_quantized
 
 _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch")
 
 
 class _Reached(Exception):
-    """The blocked layer has run; nothing after it is wanted."""
+    """The last site has run; nothing after it is wanted."""
 
 
 def adapter_modules(model: nn.Module) -> list[nn.Module]:
@@ -44,18 +44,18 @@ def check_live_reference(model: nn.Module) -> None:
 
 
 class Reference:
-    """The model whose latents the penalty is anchored to, set up once and asked for every micro-batch.
+    """The model that a penalty is anchored to, set up once and asked for every micro-batch.
 
     model: the model in training, whose adapters are switched off for the while (adapters=True), or a frozen second one.
-    layer: 0-based index of the decoder layer whose output is wanted.
+    sites: where its hidden states are wanted: 0-based indices of decoder layers, or FINAL.
 
     PEFT's own `disable_adapter()` walks every module and sets requires_grad of every adapter weight, on the way back to
     True whatever it was; here only the switch itself is flipped, on modules found once.
     """
 
-    def __init__(self, model: nn.Module, layer: int, *, adapters: bool):
+    def __init__(self, model: nn.Module, *sites: Site, adapters: bool):
         self._model = unwrap(model)
-        self._layer = decoder_layer(model, layer)
+        self._sites = {site: site_module(model, site) for site in sites}
         self._adapters = adapter_modules(self._model) if adapters else []
         # A quantised layer drops nothing, and multiplies otherwise in eval mode than in training on some devices, where
         # the reference would no longer be the model in training without its adapters.
@@ -65,29 +65,38 @@ class Reference:
         self._overrides = {"use_cache": False} if hasattr(text_config(model), "use_cache") else {}
 
     def hidden_state(self, args: tuple, kwargs: dict) -> Tensor:
-        """Hidden state [B, S, d] of the reference at the layer's output: no gradient, no dropout, no loss.
+        """`hidden_states` of the one site."""
+        (hidden,) = self.hidden_states(args, kwargs).values()
+        return hidden
+
+    def hidden_states(self, args: tuple, kwargs: dict) -> dict[Site, Tensor]:
+        """Hidden state [B, S, d] of the reference at every site: no gradient, no dropout, no loss.
 
         args, kwargs: what the model in training was called with: same batch, same attention mask, same positions, so
-        that adapters that change nothing give exactly the training forward's hidden state. The forward stops right
-        after the layer. Modes and adapters are put back as they were found, whatever happens.
+        that adapters that change nothing give exactly the training forward's hidden state. One forward serves all sites
+        and stops right after the last. Modes and adapters are put back as they were found, whatever happens.
         """
         kwargs = {key: value for key, value in kwargs.items() if key not in _LOSS_ARGUMENTS} | self._overrides
-        found = []
+        found: dict[Site, Tensor] = {}
 
-        def stop(module, inputs, output):
-            found.append(residual_stream(output))
-            if not self._runs_on:
+        def see(site, output):
+            found[site] = residual_stream(output)
+            if len(found) == len(self._sites) and not self._runs_on:
                 raise _Reached
 
-        handle = self._layer.register_forward_hook(stop)
+        handles = [
+            module.register_forward_hook(lambda module, inputs, output, site=site: see(site, output))
+            for site, module in self._sites.items()
+        ]
         try:
             with torch.no_grad(), self._as_base_model():
                 self._model(*args, **kwargs)
         except _Reached:
             pass
         finally:
-            handle.remove()
-        return found[0]
+            for handle in handles:
+                handle.remove()
+        return found
 
     @contextmanager
     def _as_base_model(self) -> Iterator[None]:

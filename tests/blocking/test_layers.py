@@ -63,7 +63,7 @@ def test_the_capture_is_the_hidden_state_and_leaves_no_hook():
     own_hooks = len(model.model.layers[1]._forward_hooks)
     with captured_forward(model, model.model.layers[1]) as seen:
         output = model(input_ids=ids, output_hidden_states=True)
-    assert seen.hidden is output.hidden_states[2]
+    assert seen.hidden[model.model.layers[1]] is output.hidden_states[2]
     assert seen.kwargs["input_ids"] is ids
     with pytest.raises(KeyError), captured_forward(model, model.model.layers[1]):
         raise KeyError

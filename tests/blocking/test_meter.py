@@ -6,17 +6,21 @@ import torch
 from lockin_fast.blocking.meter import LossMeter
 
 
+def named(*losses):
+    return dict(zip(("sft_loss", "block_penalty"), map(torch.tensor, losses), strict=False))
+
+
 def test_means_are_over_steps_and_the_fraction_over_pairs():
-    meter = LossMeter()
-    for values in ((1.0, 0.5, 3, 10), (2.0, 0.0, 1, 30), (3.0, 1.0, 0, 40), (4.0, 0.5, 4, 20)):
-        meter.add(*map(torch.tensor, values), share=0.5)
+    meter = LossMeter(("block_penalty",))
+    for *losses, active, pairs in ((1.0, 0.5, 3, 10), (2.0, 0.0, 1, 30), (3.0, 1.0, 0, 40), (4.0, 0.5, 4, 20)):
+        meter.add(named(*losses), torch.tensor(active), torch.tensor(pairs), share=0.5)
     assert meter.drain() == {"sft_loss": 5.0, "block_penalty": 1.0, "active_fraction": 0.08}
     assert meter.drain() == {}
 
 
 def test_processes_are_averaged():
-    meter = LossMeter()
-    meter.add(torch.tensor(1.0), torch.tensor(0.5), 1, 10, share=1.0)
+    meter = LossMeter(("block_penalty",))
+    meter.add(named(1.0, 0.5), 1, 10, share=1.0)
     other = torch.tensor([[3.0, 1.5, 5.0, 10.0]], dtype=torch.float64)
     means = meter.drain(lambda mine: torch.cat([mine, other]))
     assert means == {"sft_loss": 2.0, "block_penalty": 1.0, "active_fraction": 0.3}
@@ -24,6 +28,6 @@ def test_processes_are_averaged():
 
 def test_nan_stays_visible():
     meter = LossMeter()
-    meter.add(torch.tensor(float("nan")), share=1.0)
-    meter.add(torch.tensor(1.0), share=1.0)
+    meter.add(named(float("nan")), share=1.0)
+    meter.add(named(1.0), share=1.0)
     assert meter.drain()["sft_loss"] != pytest.approx(1.0)

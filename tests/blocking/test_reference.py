@@ -51,7 +51,7 @@ def test_it_is_the_base_models_hidden_state_whatever_the_adapters_and_dropout():
     with torch.no_grad(), captured_forward(base, decoder_layer(base, LAYER)) as seen:
         base(**kwargs)
     assert not found.requires_grad
-    assert torch.equal(found, seen.hidden)
+    assert torch.equal(found, seen.hidden[decoder_layer(base, LAYER)])
 
 
 def test_nothing_after_the_layer_runs():

@@ -220,7 +220,7 @@ def test_attach_replaces_a_penalty_and_leaves_a_refused_trainer_alone(tmp_path, 
     attach(trainer, tiny.penalty(1.0))
     cls = type(trainer)
     attach(trainer, tiny.penalty(2.0))
-    assert type(trainer) is cls and trainer.block_penalty.weight == 2.0
+    assert type(trainer) is cls and trainer.loss_terms[0].weight == 2.0
     with pytest.raises(TypeError, match="trainer: got Linear"):
         attach(torch.nn.Linear(1, 1), tiny.penalty())
     with pytest.raises(TypeError, match="penalty: got float"):
@@ -341,3 +341,41 @@ def test_a_loss_that_is_not_finite_stops_training(tmp_path, rows):
     with pytest.raises(FloatingPointError, match="sft_loss is nan .* training stopped"):
         trainer.train()
     assert trainer.state.global_step == 1
+
+
+def test_two_blocked_layers_add_up_and_share_one_reference_forward(tmp_path, rows):
+    """Loss and gradients are the sums of those with one layer each; the reference runs once, to the upper layer."""
+    batch = PaddingCollator(0)([rows[i] for i in range(8)])
+    upper = tiny.LATENT_SET.take(3)
+
+    def measured(*penalties):
+        model = adapted(random_b=True).train()
+        trainer = make(BlockTrainer, tmp_path, model, rows, penalty=penalties)
+        trainer.current_gradient_accumulation_steps = 1
+        forwards = []
+        model.base_model.model.model.layers[0].register_forward_hook(lambda *_: forwards.append(1))
+        loss = trainer.compute_loss(model, dict(batch))
+        loss.backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return {"loss": loss.detach()} | grads, len(forwards)
+
+    (plain, once), (first, _), (second, _), (both, forwards) = (
+        measured(*penalties)
+        for penalties in (
+            (),
+            (tiny.penalty(5.0, layer=0),),
+            (tiny.penalty(5.0, layer=2, latents=upper),),
+            (tiny.penalty(5.0, layer=0), tiny.penalty(5.0, layer=2, latents=upper)),
+        )
+    )
+    assert once == 1 and forwards == 2
+    for name, value in both.items():
+        expected = first[name] + second[name] - plain[name]
+        scale = max(part[name].abs().max() for part in (plain, first, second, both))
+        assert (value - expected).abs().max() <= rounding(rows) * scale, name
+    assert both["loss"] > first["loss"] > plain["loss"]
+
+
+def test_terms_of_one_column_share_one_lambda(tmp_path, rows):
+    with pytest.raises(ValueError, match="the terms that log block_penalty have the weights 1 and 2"):
+        make(BlockTrainer, tmp_path, adapted(), rows, penalty=[tiny.penalty(1.0), tiny.penalty(2.0, layer=2)])
