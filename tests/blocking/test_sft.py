@@ -1,0 +1,130 @@
+"""TRL's SFTTrainer with the block penalty: completion-only, padding-free, packed, and as eager code computes it."""
+
+import pytest
+import tiny_llama as tiny
+import torch
+from peft import LoraConfig
+from test_trainer import adapted, adapter, eager_loss, history, largest_difference
+
+from lockin_fast.blocking import LatentBlockMixin, attach
+
+trl = pytest.importorskip("trl", reason="trl is not installed")
+datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+
+IGNORED = -100
+LENGTH = 40
+
+
+class BlockSFTTrainer(LatentBlockMixin, trl.SFTTrainer):
+    pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """16 prompts with completions of 2 to 9 words."""
+    made = []
+    for row in tiny.conversations(16):
+        question, answer = row["messages"][:2]
+        made.append({"prompt": f"<user> {question['content']} <assistant>", "completion": f" {answer['content']}"})
+    return datasets.Dataset.from_list(made)
+
+
+def make(cls, folder, model, rows, *, penalty=None, peft_config=None, **options):
+    arguments = trl.SFTConfig(
+        output_dir=str(folder), use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, bf16=False,
+        gradient_checkpointing=False, optim="sgd", shuffle_dataset=False,
+        **{"max_length": LENGTH, "learning_rate": 0.1, "max_steps": 2, "per_device_train_batch_size": 16, "logging_steps": 1,
+           **options},
+    )  # fmt: skip
+    extra = {"penalty": penalty} if penalty is not None else {}
+    return cls(
+        model=model, args=arguments, train_dataset=rows, processing_class=tiny.tokenizer(), peft_config=peft_config,
+        **extra,
+    )  # fmt: skip
+
+
+def forwards(model):
+    """Counts the forwards of the model's last decoder layer, which the reference never reaches."""
+    seen = []
+    model.base_model.model.model.layers[-1].register_forward_hook(lambda *_: seen.append(1))
+    return seen
+
+
+def test_one_forward_a_step_and_the_loss_of_the_eager_code(tmp_path, rows):
+    model, penalty = adapted(random_b=True), tiny.penalty(500.0)
+    trainer = make(BlockSFTTrainer, tmp_path, model, rows, penalty=penalty)
+    seen, before = forwards(model), adapter(trainer)
+    batch = next(iter(trainer.get_train_dataloader()))
+    batch = {key: batch[key] for key in ("input_ids", "attention_mask", "labels") if key in batch}
+    assert (batch["labels"] == IGNORED).any() and (batch["labels"] != IGNORED).any()
+    trainer.train()
+    assert len(seen) == 2
+    assert largest_difference(before, adapter(trainer)) > 0
+    fresh = adapted(random_b=True).train()
+    expected = eager_loss(fresh, batch, penalty)
+    plain = fresh(**batch).loss
+    assert history(trainer, "loss")[0] == pytest.approx(expected.item(), rel=1e-5)
+    assert expected > 1.1 * plain
+
+
+def trained(folder, rows, cls=BlockSFTTrainer, model=None, **options):
+    """(adapter after 2 steps, how far it moved, losses and penalties) of a run."""
+    model = adapted(random_b=True) if model is None else model
+    trainer = make(cls, folder, model, rows, **{"penalty": tiny.penalty(500.0), **options})
+    before = adapter(trainer)
+    trainer.train()
+    logs = [history(trainer, key) for key in ("loss", "block_penalty", "active_fraction")]
+    return adapter(trainer), largest_difference(before, adapter(trainer)), torch.tensor(logs)
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory, rows):
+    return trained(tmp_path_factory.mktemp("padded"), rows)
+
+
+# Sums over the tokens of two steps in another order, each an ulp a token at most.
+ROUNDING = 2 * 16 * LENGTH * torch.finfo(torch.float32).eps
+
+
+def assert_same(run, expected):
+    (weights, _, logs), (wanted, moved, wanted_logs) = run, expected
+    assert moved > 0 and wanted_logs[1].min() > 0
+    assert largest_difference(weights, wanted) <= ROUNDING * moved
+    torch.testing.assert_close(logs, wanted_logs, rtol=ROUNDING, atol=0.0)
+
+
+@pytest.mark.parametrize("micro", [2, 8])
+def test_accumulation_leaves_lambda_alone(tmp_path, rows, padded, micro):
+    options = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": 16 // micro}
+    assert_same(trained(tmp_path, rows, **options), padded)
+
+
+def collated(trainer):
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def test_padding_free_batches_have_no_mask_and_the_same_penalty(tmp_path, rows, padded):
+    trainer = make(BlockSFTTrainer, tmp_path, adapted(random_b=True), rows, padding_free=True, max_length=None)
+    batch = collated(trainer)
+    assert "attention_mask" not in batch and len(batch["input_ids"]) == 1
+    assert (batch["position_ids"] == 0).sum() == 16
+    assert_same(trained(tmp_path, rows, padding_free=True, max_length=None), padded)
+
+
+def test_packed_rows_have_the_penalty_of_the_unpacked(tmp_path, rows, padded):
+    trainer = make(BlockSFTTrainer, tmp_path, adapted(random_b=True), rows, packing=True)
+    packs = len(trainer.train_dataset)
+    assert 1 < packs < 16 and (collated(trainer)["position_ids"] == 0).sum() == 16
+    assert_same(trained(tmp_path, rows, packing=True, per_device_train_batch_size=packs), padded)
+
+
+def test_an_attached_trainer_that_makes_its_own_adapter(tmp_path, rows):
+    trainer = make(trl.SFTTrainer, tmp_path, tiny.model(), rows, peft_config=LoraConfig(r=4))
+    attach(trainer, tiny.penalty(50.0)).train()
+    first, second = history(trainer, "block_penalty")
+    assert first == 0.0 < second and "mean_token_accuracy" in trainer.state.log_history[0]
