@@ -7,6 +7,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from lockin_fast.ops.gradient_tap import gradient_tap
+
 _STACK_NAMES = ("layers", "h", "blocks")
 FINAL = "final"  # the site of the last hidden state, after the final norm: what the unembedding multiplies
 Site = int | Literal["final"]
@@ -93,8 +95,9 @@ class Captured:
 def captured_forward(model: nn.Module, *modules: nn.Module) -> Iterator[Captured]:
     """Record the first forward of `model` and the first output of each of `modules` inside the context.
 
-    The hooks only look; what is computed from the capture is computed after the forward, since work inside a hook
-    breaks activation checkpointing. They are gone when the context ends, whatever ended it.
+    The hooks look, and put a `gradient_tap` on what they record; what is computed from the capture is computed after
+    the forward, since work inside a hook breaks activation checkpointing. They are gone when the context ends, whatever
+    ended it.
     """
     seen = Captured()
 
@@ -103,7 +106,16 @@ def captured_forward(model: nn.Module, *modules: nn.Module) -> Iterator[Captured
             seen.args, seen.kwargs = args, kwargs
 
     def see_hidden(module, args, output):
-        seen.hidden.setdefault(module, residual_stream(output))
+        if module in seen.hidden:
+            return None
+        hidden = residual_stream(output)
+        if isinstance(output, Tensor):
+            output = hidden = gradient_tap(hidden)
+        elif type(output) is tuple:
+            hidden = gradient_tap(hidden)
+            output = (hidden, *output[1:])
+        seen.hidden[module] = hidden
+        return output
 
     handles = [unwrap(model).register_forward_pre_hook(see_arguments, with_kwargs=True)]
     try:

@@ -61,9 +61,13 @@ def test_the_capture_is_the_hidden_state_and_leaves_no_hook():
     ids = torch.randint(8, 40, (2, 5))
     model(input_ids=ids, output_hidden_states=True)  # transformers hooks its layers for good at the first of these
     own_hooks = len(model.model.layers[1]._forward_hooks)
+    read = []
+    above = model.model.layers[2].register_forward_pre_hook(lambda module, args: read.append(args[0]))
     with captured_forward(model, model.model.layers[1]) as seen:
         output = model(input_ids=ids, output_hidden_states=True)
-    assert seen.hidden[model.model.layers[1]] is output.hidden_states[2]
+    above.remove()
+    hidden = seen.hidden[model.model.layers[1]]
+    assert hidden is read[0] and torch.equal(hidden, output.hidden_states[2])
     assert seen.kwargs["input_ids"] is ids
     with pytest.raises(KeyError), captured_forward(model, model.model.layers[1]):
         raise KeyError

@@ -38,8 +38,10 @@ def make(cls, folder, model, rows, *, penalty=None, peft_config=None, **options)
     arguments = trl.SFTConfig(
         output_dir=str(folder), use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, bf16=False,
         gradient_checkpointing=False, optim="sgd", shuffle_dataset=False,
-        **{"max_length": LENGTH, "learning_rate": 0.1, "max_steps": 2, "per_device_train_batch_size": 16, "logging_steps": 1,
-           **options},
+        **{
+            "max_length": LENGTH, "learning_rate": 0.1, "max_steps": 2, "per_device_train_batch_size": 16,
+            "logging_steps": 1, **options,
+        },
     )  # fmt: skip
     extra = {"penalty": penalty} if penalty is not None else {}
     return cls(
