@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lockin_fast import typed_mapping
+from lockin_fast.sae.hub import HubPath, hub_path
 from lockin_fast.train import LoraSettings, TrainSettings
 from lockin_fast.typed_mapping import ConfigError
 
@@ -129,7 +130,7 @@ class Config:
     """
 
     model: Path | None = None
-    sae: Path | None = None
+    sae: HubPath | Path | None = None  # [hf://]owner/name[@revision][/folder or file] on the hub; what exists here wins
     output: Path | None = None
     quantization: Literal["none", "nf4", "int8"] = "none"
     data: DataSettings = DataSettings()
@@ -187,7 +188,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             section, name = PAPER_NAMES[key].split(".")
             key, value, notes = PAPER_NAMES[key], translated[section][name], notes + more
         _set(values, key, value)
-    config = typed_mapping.build(Config, values, folder=path.resolve().parent)
+    folder = path.resolve().parent
+    if isinstance(sae := values.get("sae"), str):
+        values["sae"] = hub_path(sae, folder) or sae
+    config = typed_mapping.build(Config, values, folder=folder)
     _check(config)
     return dataclasses.replace(config, notes=tuple(notes))
 

@@ -16,6 +16,7 @@ from lockin_fast.lora import check_lora
 from lockin_fast.quantized import keep_trainable, quantization_config
 from lockin_fast.rundir import hash_files
 from lockin_fast.sae import SparseAutoencoder, load_sae
+from lockin_fast.sae.hub import HubPath, fetch
 
 SAE_CHUNK = 16384  # latents checked at a time: bounds the memory of looking through a wide SAE
 
@@ -52,15 +53,23 @@ def check_files(config: Config, *keys: str) -> None:
         for part in key.split("."):
             value = getattr(value, part)
         for name, path in value.items() if isinstance(value, Mapping) else [("", value)]:
-            if not path.exists():
+            if isinstance(path, HubPath):
+                sae_path(config)
+            elif not path.exists():
                 raise ConfigError(f"{key}{'.' if name else ''}{name}: no such file or folder: {path}")
+
+
+def sae_path(config: Config) -> Path | None:
+    """Where the SAE is on this machine; one on the hub is fetched. Raises ConfigError."""
+    with _naming("sae"):
+        return fetch(config.sae) if isinstance(config.sae, HubPath) else config.sae
 
 
 def input_hashes(config: Config, latents: Mapping[str, Path]) -> dict[str, dict[str, str]]:
     """{input: {file: SHA-256}} of the model, the SAE, the data, the latent sets, and the judge's file and code."""
     paths = {
         "model": config.model,
-        "sae": config.sae if latents else None,
+        "sae": sae_path(config) if latents else None,
         "data.train": config.data.train,
         "data.final": config.data.final,
         "data.in_domain": config.data.in_domain,
@@ -118,7 +127,7 @@ def open_sae(config: Config) -> SparseAutoencoder:
     shape, _ = _shape_and_tokenizer(config)
     _check_sae(config, shape)
     with _naming("sae"):
-        return load_sae(config.sae)
+        return load_sae(sae_path(config))
 
 
 def question(record: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -166,7 +175,7 @@ def _check_sae(config: Config, shape: Any) -> SparseAutoencoder:
             f"model has {shape.num_hidden_layers} layers, counted from 0"
         )
     with _naming("sae"):
-        first = load_sae(config.sae, latents=[0])
+        first = load_sae(sae_path(config), latents=[0])
         if first.d_model != shape.hidden_size:
             raise ValueError(
                 f"{config.sae} reads hidden states of width {first.d_model}, but the model's are "
@@ -184,10 +193,11 @@ def _sae_rows(config: Config, sets: Mapping[str, LatentSet], shape: Any) -> Spar
                 f"latents {name}: index {int(latents.indices.max())} is out of range; the SAE has "
                 f"{first.width} latents, 0 to {first.width - 1}"
             )
+    path = sae_path(config)
     with _naming("sae"):
         for start in range(0, first.width, SAE_CHUNK):
-            load_sae(config.sae, latents=range(start, min(start + SAE_CHUNK, first.width)))
-        return load_sae(config.sae, latents=torch.cat([latents.indices for latents in sets.values()]).unique())
+            load_sae(path, latents=range(start, min(start + SAE_CHUNK, first.width)))
+        return load_sae(path, latents=torch.cat([latents.indices for latents in sets.values()]).unique())
 
 
 @contextmanager
