@@ -1,6 +1,6 @@
 """Everything a fine-tune or a sweep reads, opened and checked before any work is done or any file is touched."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +87,15 @@ def open_inputs(config: Config, latents: Mapping[str, Path]) -> Inputs:
     that is no model, a layer out of range, an SAE of another width or with NaN in it, latents out of range or chosen
     at another layer, data that is empty or has nothing supervised, LoRA modules the model does not have.
     """
+    return _opened(config, latents, _load_model)
+
+
+def check_inputs(config: Config, latents: Mapping[str, Path]) -> Inputs:
+    """`open_inputs` for those who leave the training to other processes: the model is a shell without weights."""
+    return _opened(config, latents, _shell)
+
+
+def _opened(config: Config, latents: Mapping[str, Path], load: Callable[[Config], Any]) -> Inputs:
     shape, tokenizer = _shape_and_tokenizer(config)
     sets, sae = {}, None
     if latents:
@@ -99,7 +108,7 @@ def open_inputs(config: Config, latents: Mapping[str, Path]) -> Inputs:
                 _penalty(config, sae, of_set, 1.0)
     with _naming("data.train"):
         dataset = ChatDataset(config.data.train, tokenizer, max_length=config.train.max_length)
-    model = _load_model(config)
+    model = load(config)
     check_lora(model, config.lora)
     return Inputs(config, model, tokenizer, dataset, sae, sets)
 
@@ -223,6 +232,13 @@ def _shape_and_tokenizer(config: Config) -> tuple[Any, Any]:
             raise ImportError("models need transformers: pip install 'lockin-fast[train]'") from error
         shape = AutoConfig.from_pretrained(config.model, local_files_only=True).get_text_config()
         return shape, AutoTokenizer.from_pretrained(config.model, local_files_only=True)
+
+
+def _shell(config: Config) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _naming("model", Exception), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model, local_files_only=True))
 
 
 def _load_model(config: Config) -> Any:
