@@ -20,7 +20,6 @@ EXTRAS = {
     "cli": ("typer", "rich", "pyyaml"),
     "triton": ("triton",),
     "quantization": ("bitsandbytes",),
-    "ray": ("ray",),
 }
 MODULES = {"pyyaml": "yaml"}
 

@@ -66,7 +66,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises RunError when the disk is full or cannot be written: whatever library was writing, the cause is named.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"))
+    remove_leftovers(path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"))
     try:
         with held_partial(path, folder=True) as temporary:
             yield temporary
@@ -188,7 +188,7 @@ def claim(
     check_claim(path, command, entry, may_grow=may_grow)
     with hold(path):
         manifest = check_claim(path, command, entry, may_grow=may_grow)
-        _remove_leftovers([*path.glob(f".*{PARTIAL}"), *path.glob(f"*/.*{PARTIAL}")])
+        remove_leftovers([*path.glob(f".*{PARTIAL}"), *path.glob(f"*/.*{PARTIAL}")])
 
         def record(**more: Any) -> None:
             manifest[command] = manifest.get(command, {}) | more
@@ -221,7 +221,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _remove_leftovers(paths: Iterable[Path]) -> None:
+def remove_leftovers(paths: Iterable[Path]) -> None:
     """Remove those of the partial files and folders that no live process holds."""
     for path in paths:
         try:

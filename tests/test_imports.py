@@ -17,17 +17,14 @@ LAYERS = [
     {"dispatch"},
     {"ops"},
     {"sae"},
-    {"quantized"},
+    {"cache", "quantized"},
     {"chat", "blocking", "lora", "train", "generation", "organism", "judges", "config", "inputs", "discovery"},
     {"sweep", "report", "monitor"},
     {"doctor", "demo", "terminal"},
     {"cli"},
 ]
-HEAVY = {
-    "transformers", "peft", "accelerate", "trl", "bitsandbytes", "triton", "ray", "matplotlib", "jinja2", "typer",
-    "rich",
-}  # fmt: skip
-BELOW_BLOCKING = {"kernels", "dispatch", "ops", "sae"}
+HEAVY = {"transformers", "peft", "accelerate", "trl", "bitsandbytes", "triton", "matplotlib", "jinja2", "typer", "rich"}
+BELOW_BLOCKING = {"kernels", "dispatch", "ops", "sae", "cache"}
 
 
 def room(path):

@@ -15,9 +15,10 @@ LATENT_SET = LatentSet((3, 17, 40, 5), (8, 60))
 
 def model(seed=0, *, dtype=torch.float32, **options):
     torch.manual_seed(seed)
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": LAYERS}
     config = LlamaConfig(
-        vocab_size=WORDS + 8, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, **options,
+        vocab_size=WORDS + 8, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, **{**sizes, **options},
     )  # fmt: skip
     return LlamaForCausalLM(config).to(dtype)
 

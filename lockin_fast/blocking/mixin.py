@@ -5,11 +5,14 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from lockin_fast.blocking.fingerprint import check_cache
 from lockin_fast.blocking.layers import captured_forward, site_module, unwrap
 from lockin_fast.blocking.meter import LossMeter
 from lockin_fast.blocking.reference import Reference
 from lockin_fast.blocking.terms import LossTerm
 from lockin_fast.blocking.tokens import IGNORED, check_supervised
+from lockin_fast.cache import TokenStore
+from lockin_fast.cache.collate import ReferenceCollator, take_references
 from lockin_fast.quantized import keep_trainable
 
 
@@ -46,6 +49,8 @@ class LatentBlockMixin:
             )
         for term in terms:
             term.check_model(self.model)
+            if isinstance(term.reference, TokenStore):
+                check_cache(term.reference, self.model, term.site, self.accelerator.mixed_precision)
         if terms:
             keep_trainable(unwrap(self.model))  # the reference's pass and the trainer's evaluation run in eval mode
         self.loss_terms = terms
@@ -58,6 +63,20 @@ class LatentBlockMixin:
         self._bound_model = None  # adapters may have come or gone since the last time
         return super().train(*args, **kwargs)
 
+    @property
+    def _cached_terms(self) -> list[LossTerm]:
+        return [term for term in self.loss_terms if isinstance(term.reference, TokenStore)]
+
+    def get_train_dataloader(self):
+        """The trainer's own, whose batches bring along what comes from a cache."""
+        collate = self.data_collator
+        if terms := self._cached_terms:
+            self.data_collator = ReferenceCollator(collate, [(term.cached, term.tokens) for term in terms])
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collate
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         options = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
         # Evaluation calls this too, and is to show the plain loss.
@@ -68,11 +87,12 @@ class LatentBlockMixin:
             self._record(result[0] if return_outputs else result, num_items_in_batch)
             return result
         labels = inputs.get("labels")  # the trainer may take them out of the inputs
+        brought = dict(zip(self._cached_terms, take_references(inputs), strict=False))
         self._find_sites(model)
         with captured_forward(model, *self._sites.values()) as seen:
             result = super().compute_loss(model, inputs, **options)
         sft_loss, *outputs = result if return_outputs else (result,)
-        loss = self._add_terms(sft_loss, seen, labels, num_items_in_batch)
+        loss = self._add_terms(sft_loss, seen, brought, labels, num_items_in_batch)
         return (loss, *outputs) if return_outputs else loss
 
     def _find_sites(self, model: nn.Module) -> None:
@@ -80,17 +100,22 @@ class LatentBlockMixin:
         if self._bound_model is model:
             return
         self._sites = {term.site: site_module(model, term.site) for term in self.loss_terms}
-        sites_of = {term.reference: [] for term in self.loss_terms}
+        sites_of = {}
         for term in self.loss_terms:
-            sites_of[term.reference].append(term.site)
+            if not isinstance(term.reference, TokenStore):
+                sites_of.setdefault(term.reference, []).append(term.site)
         self._references = {
             reference: Reference(model if reference == "live" else reference, *sites, adapters=reference == "live")
             for reference, sites in sites_of.items()
         }
         self._bound_model = model
 
-    def _add_terms(self, sft_loss: Tensor, seen, labels, num_items_in_batch) -> Tensor:
+    def _add_terms(self, sft_loss: Tensor, seen, brought, labels, num_items_in_batch) -> Tensor:
         self._check_capture(seen)
+        if len(brought) != len(self._cached_terms):
+            raise RuntimeError(
+                "the batch brings no reference from the cache: it was not made by this trainer's get_train_dataloader()"
+            )
         with self.accelerator.autocast():
             found = {
                 source: reference.hidden_states(seen.args, seen.kwargs)
@@ -100,7 +125,10 @@ class LatentBlockMixin:
         loss, values, active, pairs = sft_loss, {}, 0, 0
         for term in self.loss_terms:
             hidden = seen.hidden[self._sites[term.site]]
-            h_ref = found[term.reference][term.site]
+            if term in brought:
+                h_ref = {name: tensor.to(hidden.device) for name, tensor in brought[term].items()}
+            else:
+                h_ref = found[term.reference][term.site]
             measured = term.measure(hidden if term.weight else hidden.detach(), h_ref, labels, seen.kwargs)
             mean = (measured.total * scale).to(sft_loss.device)
             if term.weight:

@@ -1,0 +1,78 @@
+"""What of a model a hidden state depends on: short enough to keep beside a cache, and it tells models apart."""
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lockin_fast.blocking.layers import decoder_layer, decoder_layers, text_config, unwrap
+from lockin_fast.blocking.reference import adapter_modules
+from lockin_fast.cache import TokenStore
+from lockin_fast.cache.manifest import REMEDY, check_same
+
+SAMPLED = 1024  # elements of a tensor whose places count too; the sum over all does not tell their order
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def model_key(model: nn.Module, layer: int, autocast: str = "no") -> dict[str, Any]:
+    """The base model up to decoder layer `layer` as a cache's key: layer, autocast, quantization, model.
+
+    "model" maps each parameter that the layer's output depends on, under the name it has without adapters, to a digest
+    of its name, shape, dtype and content; adapters are left out. It is that of the same weights whatever file they came
+    from, wrapped by PEFT or not, on any device, before and after bitsandbytes repacks 4-bit codes for CPUs.
+    autocast: "no", "bf16" or "fp16": the mixed precision of training, under which the reference runs as well.
+
+    Cost: one read of the parameters. Raises ValueError for a layer the model does not have.
+    """
+    decoder_layer(model, layer)
+    quantization = getattr(getattr(text_config(model), "quantization_config", None), "quant_method", None)
+    digests = {name: _digest(parameter) for name, parameter in _base_parameters(model, layer)}
+    return {
+        "layer": layer,
+        "autocast": autocast,
+        "quantization": "none" if quantization is None else str(getattr(quantization, "value", quantization)),
+        "model": digests,
+    }
+
+
+def check_cache(cache: TokenStore, model: nn.Module, layer: int, autocast: str = "no") -> None:
+    """Raise CacheError naming what differs unless `cache` was written from this base model, layer and precision."""
+    key = model_key(model, layer, autocast)
+    check_same(cache.path, {name: cache.manifest.get(name) for name in key}, key, REMEDY)
+
+
+def _base_parameters(model: nn.Module, layer: int):
+    """(name, parameter) of what the layer's output depends on, sorted by name."""
+    model = unwrap(model)
+    above = {id(p) for later in list(decoder_layers(model))[layer + 1 :] for p in later.parameters()}
+    embeddings = {id(p) for p in model.get_input_embeddings().parameters()}
+    head = model.get_output_embeddings()
+    above |= {id(p) for p in head.parameters()} - embeddings if head is not None else set()
+    found = {}
+    switched = adapter_modules(model) if hasattr(model, "peft_config") else []
+    inside = {id(parameter) for module in switched for parameter in module.parameters()}
+    for name, parameter in model.named_parameters():
+        of_base = ".base_layer." in name or ".original_module." in name
+        if id(parameter) in above or (id(parameter) in inside and not of_base):
+            continue
+        for part in ("base_model.model.", ".base_layer", ".original_module"):
+            name = name.replace(part, "")
+        found[name] = parameter
+    return sorted(found.items())
+
+
+@torch.no_grad()
+def _digest(parameter: Tensor) -> str:
+    """16 hex digits: shape, dtype, the sum of all elements' bits, and some elements at their places."""
+    state = getattr(parameter, "quant_state", None)
+    values = parameter.detach().reshape(-1)
+    if state is not None:  # 4-bit codes: how often each occurs, which repacking leaves as it is
+        values = values.contiguous().view(torch.uint8)
+        counts = sum(torch.bincount(half.long(), minlength=16) for half in (values & 15, values >> 4))
+        facts = [tuple(state.shape), state.quant_type, counts.tolist()]
+    else:
+        bits = values.view(_BITS[values.element_size()])
+        step = max(1, values.numel() // SAMPLED)
+        facts = [tuple(parameter.shape), str(parameter.dtype), int(bits.sum(dtype=torch.int64)), bits[::step].tolist()]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
