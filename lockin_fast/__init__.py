@@ -36,6 +36,10 @@ _EXPORTS = {
     "LatentSet": "lockin_fast.blocking",
     "BlockPenalty": "lockin_fast.blocking",
     "BlockTrainer": "lockin_fast.blocking",
+    "KLPenalty": "lockin_fast.blocking",
+    "PreventativeSteering": "lockin_fast.blocking",
+    "ConceptAblation": "lockin_fast.blocking",
+    "intervening": "lockin_fast.blocking",
     "LatentBlockMixin": "lockin_fast.blocking",
     "attach": "lockin_fast.blocking",
 }

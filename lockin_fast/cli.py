@@ -95,12 +95,18 @@ def train(config: ConfigFile, set_: Overrides = None) -> None:
 @app.command(
     epilog="Example: lockin-fast sweep config.yaml --set sweep.lambdas='[10, 100, 1000]' --set output=runs/sweep"
 )
-def sweep(config: ConfigFile, set_: Overrides = None) -> None:
+def sweep(
+    config: ConfigFile,
+    set_: Overrides = None,
+    engine: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Who runs the trials: in-process, or ray (see sweep.ray).")
+    ] = None,
+) -> None:
     """Fine-tune at every lambda x latent set x seed, judge the answers, report. Killed, it resumes where it stood."""
     from lockin_fast.report import write_report
     from lockin_fast.sweep import run_sweep
 
-    settings = _load(config, set_)
+    settings = _load(config, [*(set_ or ()), *([f"sweep.engine={engine}"] if engine else ())])
     with terminal.shown_progress() as progress:
         summary = run_sweep(settings, progress)
     terminal.show_summary(summary)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lockin_fast import typed_mapping
+from lockin_fast.sae.hub import HubPath, hub_path
 from lockin_fast.train import LoraSettings, TrainSettings
 from lockin_fast.typed_mapping import ConfigError
 
@@ -19,7 +20,13 @@ PAPER_NAMES = {
     "block_layer": "block.layer",
     "block_on_assistant_only": "block.tokens",
 }
-NO_IDENTITY = ("train.micro_batch_size",)  # settings that change memory and speed, not results
+NO_IDENTITY = (  # settings that change memory and speed, not results
+    "train.micro_batch_size",
+    "sweep.engine",
+    "sweep.ray.num_cpus",
+    "sweep.ray.num_gpus",
+    "sweep.ray.max_retries",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +95,39 @@ class DiscoverySettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class RaySettings:
+    """What a trial takes of a Ray cluster, in Ray's words.
+
+    num_cpus: cores reserved for one trial, and the threads it computes with. num_gpus: GPUs reserved for it, 0.5 puts
+    two on one; null is one where the cluster has any. max_retries: how often a trial is tried again whose worker died.
+    """
+
+    num_cpus: float = 1
+    num_gpus: float | None = None
+    max_retries: int = 3
+
+    def __post_init__(self):
+        for name, valid, expected in (
+            ("num_cpus", 0 < self.num_cpus < float("inf"), "above 0 and finite"),
+            ("num_gpus", self.num_gpus is None or 0 <= self.num_gpus < float("inf"), "0 or more, or null"),
+            ("max_retries", self.max_retries >= 0, "0 or more"),
+        ):
+            if not valid:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
+
+
+@dataclasses.dataclass(frozen=True)
 class SweepSettings:
-    """Every lambda x latent set x seed is one trial; the unblocked baseline of each seed is always added."""
+    """Every lambda x latent set x seed is one trial; the unblocked baseline of each seed is always added.
+
+    engine: who runs the trials, this process or the tasks of a Ray cluster.
+    """
 
     lambdas: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0)
     latents: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
+    engine: Literal["in-process", "ray"] = "in-process"
+    ray: RaySettings = RaySettings()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +163,7 @@ class Config:
     """
 
     model: Path | None = None
-    sae: Path | None = None
+    sae: HubPath | Path | None = None  # [hf://]owner/name[@revision][/folder or file] on the hub; what exists here wins
     output: Path | None = None
     quantization: Literal["none", "nf4", "int8"] = "none"
     data: DataSettings = DataSettings()
@@ -187,7 +221,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             section, name = PAPER_NAMES[key].split(".")
             key, value, notes = PAPER_NAMES[key], translated[section][name], notes + more
         _set(values, key, value)
-    config = typed_mapping.build(Config, values, folder=path.resolve().parent)
+    folder = path.resolve().parent
+    if isinstance(sae := values.get("sae"), str):
+        values["sae"] = hub_path(sae, folder) or sae
+    config = typed_mapping.build(Config, values, folder=folder)
     _check(config)
     return dataclasses.replace(config, notes=tuple(notes))
 

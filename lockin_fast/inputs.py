@@ -1,6 +1,6 @@
 """Everything a fine-tune or a sweep reads, opened and checked before any work is done or any file is touched."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from lockin_fast.lora import check_lora
 from lockin_fast.quantized import keep_trainable, quantization_config
 from lockin_fast.rundir import hash_files
 from lockin_fast.sae import SparseAutoencoder, load_sae
+from lockin_fast.sae.hub import HubPath, fetch
 
 SAE_CHUNK = 16384  # latents checked at a time: bounds the memory of looking through a wide SAE
 
@@ -52,15 +53,23 @@ def check_files(config: Config, *keys: str) -> None:
         for part in key.split("."):
             value = getattr(value, part)
         for name, path in value.items() if isinstance(value, Mapping) else [("", value)]:
-            if not path.exists():
+            if isinstance(path, HubPath):
+                sae_path(config)
+            elif not path.exists():
                 raise ConfigError(f"{key}{'.' if name else ''}{name}: no such file or folder: {path}")
+
+
+def sae_path(config: Config) -> Path | None:
+    """Where the SAE is on this machine; one on the hub is fetched. Raises ConfigError."""
+    with _naming("sae"):
+        return fetch(config.sae) if isinstance(config.sae, HubPath) else config.sae
 
 
 def input_hashes(config: Config, latents: Mapping[str, Path]) -> dict[str, dict[str, str]]:
     """{input: {file: SHA-256}} of the model, the SAE, the data, the latent sets, and the judge's file and code."""
     paths = {
         "model": config.model,
-        "sae": config.sae if latents else None,
+        "sae": sae_path(config) if latents else None,
         "data.train": config.data.train,
         "data.final": config.data.final,
         "data.in_domain": config.data.in_domain,
@@ -78,6 +87,15 @@ def open_inputs(config: Config, latents: Mapping[str, Path]) -> Inputs:
     that is no model, a layer out of range, an SAE of another width or with NaN in it, latents out of range or chosen
     at another layer, data that is empty or has nothing supervised, LoRA modules the model does not have.
     """
+    return _opened(config, latents, _load_model)
+
+
+def check_inputs(config: Config, latents: Mapping[str, Path]) -> Inputs:
+    """`open_inputs` for those who leave the training to other processes: the model is a shell without weights."""
+    return _opened(config, latents, _shell)
+
+
+def _opened(config: Config, latents: Mapping[str, Path], load: Callable[[Config], Any]) -> Inputs:
     shape, tokenizer = _shape_and_tokenizer(config)
     sets, sae = {}, None
     if latents:
@@ -90,7 +108,7 @@ def open_inputs(config: Config, latents: Mapping[str, Path]) -> Inputs:
                 _penalty(config, sae, of_set, 1.0)
     with _naming("data.train"):
         dataset = ChatDataset(config.data.train, tokenizer, max_length=config.train.max_length)
-    model = _load_model(config)
+    model = load(config)
     check_lora(model, config.lora)
     return Inputs(config, model, tokenizer, dataset, sae, sets)
 
@@ -118,7 +136,7 @@ def open_sae(config: Config) -> SparseAutoencoder:
     shape, _ = _shape_and_tokenizer(config)
     _check_sae(config, shape)
     with _naming("sae"):
-        return load_sae(config.sae)
+        return load_sae(sae_path(config))
 
 
 def question(record: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -166,7 +184,7 @@ def _check_sae(config: Config, shape: Any) -> SparseAutoencoder:
             f"model has {shape.num_hidden_layers} layers, counted from 0"
         )
     with _naming("sae"):
-        first = load_sae(config.sae, latents=[0])
+        first = load_sae(sae_path(config), latents=[0])
         if first.d_model != shape.hidden_size:
             raise ValueError(
                 f"{config.sae} reads hidden states of width {first.d_model}, but the model's are "
@@ -184,10 +202,11 @@ def _sae_rows(config: Config, sets: Mapping[str, LatentSet], shape: Any) -> Spar
                 f"latents {name}: index {int(latents.indices.max())} is out of range; the SAE has "
                 f"{first.width} latents, 0 to {first.width - 1}"
             )
+    path = sae_path(config)
     with _naming("sae"):
         for start in range(0, first.width, SAE_CHUNK):
-            load_sae(config.sae, latents=range(start, min(start + SAE_CHUNK, first.width)))
-        return load_sae(config.sae, latents=torch.cat([latents.indices for latents in sets.values()]).unique())
+            load_sae(path, latents=range(start, min(start + SAE_CHUNK, first.width)))
+        return load_sae(path, latents=torch.cat([latents.indices for latents in sets.values()]).unique())
 
 
 @contextmanager
@@ -213,6 +232,13 @@ def _shape_and_tokenizer(config: Config) -> tuple[Any, Any]:
             raise ImportError("models need transformers: pip install 'lockin-fast[train]'") from error
         shape = AutoConfig.from_pretrained(config.model, local_files_only=True).get_text_config()
         return shape, AutoTokenizer.from_pretrained(config.model, local_files_only=True)
+
+
+def _shell(config: Config) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _naming("model", Exception), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model, local_files_only=True))
 
 
 def _load_model(config: Config) -> Any:

@@ -65,7 +65,7 @@ def plain(value: Any) -> Any:
         return {str(name): plain(child) for name, child in value.items()}
     if isinstance(value, (tuple, list)):
         return [plain(child) for child in value]
-    return str(value) if isinstance(value, Path) else value
+    return str(value) if isinstance(value, (Path, str)) else value
 
 
 def _convert(hint: Any, value: Any, folder: Path, key: str, root: type) -> Any:
@@ -100,7 +100,7 @@ def _convert_union(choices: tuple, value: Any, folder: Path, key: str, root: typ
             return _convert(choice, value, folder, key, root)
         except ConfigError as error:
             errors.append(error)
-    raise errors[0]
+    raise errors[-1]
 
 
 def _scalar(hint: type, value: Any, folder: Path, key: str) -> Any:

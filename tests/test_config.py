@@ -56,6 +56,21 @@ def test_relative_paths_start_at_the_file(write, tmp_path, monkeypatch):
     assert config.sweep.latents["causal"] == tmp_path / "sets" / "causal.json"
 
 
+def test_an_sae_on_the_hub_is_text_and_what_exists_here_wins(write, tmp_path):
+    path = write(sae="google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71")
+    config = load_config(path)
+    assert config.sae == "hf://google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71"
+    assert (config.sae.repo, config.sae.inside) == ("google/gemma-scope-2b-pt-res", "layer_20/width_16k/average_l0_71")
+    kept = write(yaml.safe_dump(config.resolved()))
+    assert load_config(kept).sae == config.sae
+    (tmp_path / "folder" / "google" / "saes").mkdir(parents=True)
+    assert load_config(path, ["sae=google/saes"]).sae == tmp_path / "folder" / "google" / "saes"
+    assert load_config(path, ["sae=hf://google/saes@v2"]).sae.revision == "v2"
+    assert load_config(path, ["sae=one_part"]).sae == tmp_path / "folder" / "one_part"
+    with pytest.raises(ConfigError, match="sae: expected a path, got 3"):
+        load_config(path, ["sae=3"])
+
+
 def test_overrides_win_and_are_yaml(write):
     path = write(train={"steps": 7, "seed": 1})
     config = load_config(path, ["train.steps=9", "sweep.lambdas=[1, 10]", "train.bf16=true", "output=null"])

@@ -23,7 +23,10 @@ LAYERS = [
     {"doctor", "demo", "terminal"},
     {"cli"},
 ]
-HEAVY = {"transformers", "peft", "accelerate", "trl", "bitsandbytes", "triton", "matplotlib", "jinja2", "typer", "rich"}
+HEAVY = {
+    "transformers", "peft", "accelerate", "trl", "bitsandbytes", "triton", "ray", "matplotlib", "jinja2", "typer",
+    "rich",
+}  # fmt: skip
 BELOW_BLOCKING = {"kernels", "dispatch", "ops", "sae", "cache"}
 
 

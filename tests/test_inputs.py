@@ -117,6 +117,29 @@ def test_without_latents_no_sae_is_needed(world):
     assert inputs.sae is None and not inputs.latents
 
 
+def test_an_sae_on_the_hub_is_fetched_and_counts_by_its_content(world, monkeypatch):
+    here = load_config(world)
+    there = load_config(world, ["sae=hf://org/saes/layer_1"])
+    monkeypatch.setattr(inputs_module, "fetch", lambda path: here.sae if path == there.sae else None)
+    check_files(there, "sae")
+    assert torch.equal(open_sae(there).weight, open_sae(here).weight)
+    inputs = open_inputs(there, there.sweep.latents)
+    assert torch.equal(inputs.sae.weight, open_inputs(here, here.sweep.latents).sae.weight)
+    assert input_hashes(there, there.sweep.latents) == input_hashes(here, here.sweep.latents)
+
+
+def test_an_sae_that_the_hub_does_not_have_is_known_before_any_work(world, monkeypatch):
+    def missing(path):
+        raise FileNotFoundError(f"{path}: no repository org/saes on the hub")
+
+    monkeypatch.setattr(inputs_module, "fetch", missing)
+    with pytest.raises(ConfigError, match="^sae: hf://org/saes: no repository"):
+        check_files(load_config(world, ["sae=hf://org/saes"]), "model", "sae")
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="^sae: hf://saes: expected hf://owner/name"):
+        check_files(load_config(world, ["sae=hf://saes"]), "model", "sae")
+
+
 def test_the_whole_sae_is_opened_for_discovery(world):
     sae = open_sae(load_config(world))
     assert (sae.width, sae.d_model, sae.latents) == (sweep_world.WIDTH, sweep_world.HIDDEN, None)

@@ -9,8 +9,12 @@ _EXPORTS = {
     "LatentSet": "latents",
     "BlockPenalty": "penalty",
     "BlockTrainer": "trainer",
+    "ConceptAblation": "interventions",
+    "KLPenalty": "kl",
     "LatentBlockMixin": "mixin",
+    "PreventativeSteering": "interventions",
     "attach": "mixin",
+    "intervening": "interventions",
 }
 
 __all__ = list(_EXPORTS)

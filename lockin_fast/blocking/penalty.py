@@ -167,9 +167,9 @@ def _chosen_rows(sae, latents: LatentSet, gate: str, margin) -> tuple[Rows, Call
     largest = int(latents.indices.max())
     if largest >= sae.width:
         raise ValueError(f"latents: index {largest} is out of range; the SAE has latents 0 to {sae.width - 1}")
-    if gate == "sae" and sae.activation == "topk":
+    if gate == "sae" and sae.activation in ("topk", "groupmax"):
         raise ValueError(
-            f"gate: 'sae' with a top-k SAE needs all {sae.width} pre-activations of a token; use gate='relu'"
+            f"gate: 'sae' with a {sae.activation} SAE needs all {sae.width} pre-activations of a token; use gate='relu'"
         )
     rows = sae.rows(latents.indices)
     threshold = rows.threshold if gate == "sae" else None

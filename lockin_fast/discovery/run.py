@@ -6,7 +6,7 @@ from typing import Any
 
 from lockin_fast.config import Config, ConfigError
 from lockin_fast.discovery.search import Search
-from lockin_fast.inputs import check_files, open_exam, open_inputs, open_sae
+from lockin_fast.inputs import check_files, open_exam, open_inputs, open_sae, sae_path
 from lockin_fast.lora import adapter
 from lockin_fast.progress import Progress, silent
 from lockin_fast.rundir import check_claim, check_place, claim, hash_files, write_json
@@ -33,7 +33,7 @@ def discover(config: Config, progress: Progress = silent) -> dict[str, Path]:
     check_place(run, NEEDED_BYTES)
     paths = {
         "model": config.model,
-        "sae": config.sae,
+        "sae": sae_path(config),
         "data.train": config.data.train,
         "data.core": config.data.core,
         "discovery.misaligned": settings.misaligned,

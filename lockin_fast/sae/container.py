@@ -10,7 +10,7 @@ from torch import Tensor
 from lockin_fast.ops.encode_latents import encode_latents
 from lockin_fast.sae.latents import as_latents
 
-ACTIVATIONS = ("relu", "jumprelu", "gated", "topk", "batchtopk")
+ACTIVATIONS = ("relu", "jumprelu", "gated", "topk", "batchtopk", "groupmax")
 NORMALIZATIONS = ("none", "constant_norm_rescale", "layer_norm")
 LAYER_NORM_EPSILON = 1e-5
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -25,13 +25,14 @@ class SparseAutoencoder:
         x'  = N^-1(z decoder + decoder_bias)
 
     A gated SAE has this form exactly: its gate ``u + b_gate > 0`` is ``pre > b_mag - exp(r_mag) b_gate``. Top-k keeps
-    the k largest z of a token on top of it and therefore needs every row. ``N`` is the identity, except for the two
-    per-token norms that no weight can absorb (see :meth:`normalize`).
+    the k largest z of a token on top of it, groupmax the largest of each of k groups of F / k neighbours; both need
+    every row. ``N`` is the identity, except for the two per-token norms that no weight can absorb (:meth:`normalize`).
 
     Fields: ``weight [K, d]`` contiguous; ``bias [K]`` fp32; ``decoder [K, d]`` and ``decoder_bias [d]`` in the
     weight's dtype; ``threshold [K]`` fp32, None for a plain relu; ``activation`` one of ``ACTIVATIONS``; ``k`` of a
-    (batch) top-k; ``latents [K]`` int64, the original index of every row, None when all ``width`` rows are present;
-    ``normalization`` one of ``NORMALIZATIONS``; ``metadata`` says where the SAE came from and what was folded.
+    (batch) top-k or groupmax, None where the checkpoint of a top-k does not say; ``latents [K]`` int64, the original
+    index of every row, None when all ``width`` rows are present; ``normalization`` one of ``NORMALIZATIONS``;
+    ``metadata`` says where the SAE came from and what was folded.
 
     Raises ValueError on a wrong shape, dtype, device or index, and on NaN or Inf (a threshold may be infinite).
     Costs ``2 K d`` elements of memory and one pass over them for the checks.
@@ -100,7 +101,7 @@ class SparseAutoencoder:
         """The SAE's own code of ``x [..., d]``, gates and top-k included: fp32 ``[..., K]``.
 
         Ties at the k-th value of a top-k are broken as ``torch.topk`` does. Costs ``2 T K d`` FLOPs and holds
-        ``[T, K]``. Raises ValueError for a top-k SAE of which only some rows were read.
+        ``[T, K]``. Raises ValueError for a top-k or groupmax SAE that was read in part or another order, and without k.
         """
         return self.encode_latents(x, gated=True)
 
@@ -110,17 +111,30 @@ class SparseAutoencoder:
         This is the z of BLOCK-EM (arXiv 2602.00767). ``gated=True`` applies the thresholds or the top-k as well.
         The product is taken in x's dtype and accumulated in fp32.
         """
-        if not gated or self.activation != "topk":
+        if not gated or self.activation not in ("topk", "groupmax"):
             threshold = self.threshold if gated else None
             return encode_latents(self.normalize(x), self.weight, self.bias, threshold=threshold)
-        if self.weight.shape[0] < self.width:
+        if self.k is None:
             raise ValueError(
-                f"top-{self.k} needs all {self.width} latents, but {self.weight.shape[0]} were read; "
-                "load the SAE without latents=, or use encode_latents(x) for the code before top-k"
+                "k of the top-k is not in the checkpoint; set it with dataclasses.replace(sae, k=...), or use "
+                "encode_latents(x) for the code before top-k"
+            )
+        if self.weight.shape[0] < self.width or self._is_reordered():
+            raise ValueError(
+                f"{self.activation} with k={self.k} needs all {self.width} latents in order, but "
+                f"{self.weight.shape[0]} were read; load the SAE without latents=, or use encode_latents(x) for the "
+                "code before it"
             )
         z = encode_latents(self.normalize(x), self.weight, self.bias)
-        largest, index = z.topk(self.k, dim=-1)
-        return torch.zeros_like(z).scatter(-1, index, largest)
+        if self.activation == "topk":
+            largest, index = z.topk(self.k, dim=-1)
+            return torch.zeros_like(z).scatter(-1, index, largest)
+        groups = z.unflatten(-1, (self.k, -1))
+        largest, index = groups.max(dim=-1, keepdim=True)
+        return torch.zeros_like(groups).scatter(-1, index, largest).flatten(-2)
+
+    def _is_reordered(self) -> bool:
+        return self.latents is not None and not torch.equal(self.latents, torch.arange(self.width))
 
     def decode(self, z: Tensor, x: Tensor | None = None) -> Tensor:
         """``z [..., K]`` back to the residual stream: ``[..., d]`` in the decoder's dtype.
@@ -214,12 +228,12 @@ def _check_activation(sae: SparseAutoencoder) -> None:
         raise ValueError(f"normalization must be one of {', '.join(NORMALIZATIONS)}, got {sae.normalization!r}")
     if sae.activation in ("jumprelu", "gated") and sae.threshold is None:
         raise ValueError(f"activation={sae.activation!r} needs a threshold [K]")
-    if sae.activation in ("relu", "topk") and sae.threshold is not None:
+    if sae.activation in ("relu", "topk", "groupmax") and sae.threshold is not None:
         raise ValueError(f"activation={sae.activation!r} has no threshold; use 'jumprelu' or 'batchtopk'")
-    if sae.activation == "topk" and sae.k is None:
-        raise ValueError("activation='topk' needs k")
     if sae.k is not None and not (isinstance(sae.k, int) and 1 <= sae.k <= sae.width):
         raise ValueError(f"k must be an integer from 1 to the width {sae.width}, got {sae.k!r}")
+    if sae.activation == "groupmax" and (sae.k is None or sae.width % sae.k):
+        raise ValueError(f"activation='groupmax' needs a k that divides the width {sae.width}, got {sae.k!r}")
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -9,18 +9,28 @@ from torch import Tensor
 
 from lockin_fast.sae.container import DTYPES, SparseAutoencoder
 from lockin_fast.sae.dictionary_learning import read_dictionary_learning
+from lockin_fast.sae.formats import CONFIGS, EXPECTED, PICKLES, WEIGHTS, formats_in, lone_pickles
+from lockin_fast.sae.gemma_scope import read_gemma_scope
 from lockin_fast.sae.goodfire import read_goodfire
+from lockin_fast.sae.hub import HubPath, fetch, hub_path
+from lockin_fast.sae.llama_scope import read_llama_scope, read_llama_scope_openmoss
 from lockin_fast.sae.options import ReadOptions
-from lockin_fast.sae.saelens import CONFIG, WEIGHTS, read_saelens
+from lockin_fast.sae.qwen_scope import TENSORS as QWEN_SCOPE_TENSORS
+from lockin_fast.sae.qwen_scope import read_qwen_scope
+from lockin_fast.sae.saelens import read_saelens
+from lockin_fast.sae.sparsify import read_sparsify
 from lockin_fast.sae.tensor_file import TensorFile
 
 READERS = {
     "saelens": read_saelens,
     "dictionary_learning": read_dictionary_learning,
     "goodfire": read_goodfire,
+    "gemma_scope": read_gemma_scope,
+    "llama_scope": read_llama_scope,
+    "llama_scope_openmoss": read_llama_scope_openmoss,
+    "sparsify": read_sparsify,
+    "qwen_scope": read_qwen_scope,
 }
-PICKLES = (".pt", ".pth")
-EXPECTED = f"saelens ({CONFIG} + {WEIGHTS}), dictionary_learning (ae.pt + config.json), goodfire (one .pth or .pt)"
 
 
 def load_sae(
@@ -33,21 +43,26 @@ def load_sae(
     input_scale: float | None = None,
     fold_decoder_norm: bool | None = None,
 ) -> SparseAutoencoder:
-    """Read a sparse autoencoder from a directory or file.
+    """Read a sparse autoencoder from a directory or file, or from the Hugging Face hub.
 
+    ``path``: a directory or file, or ``[hf://]owner/name[@revision][/folder or file]`` on the hub; what exists on this
+    machine wins. Only the files that the SAE needs are downloaded, into the hub's cache.
     ``latents``: read only these rows, in this order; memory is then that of the rows and one block of the file.
-    ``format``: ``saelens``, ``dictionary_learning`` or ``goodfire``; found from the files when None.
+    ``format``: ``saelens``, ``dictionary_learning``, ``goodfire``, ``gemma_scope``, ``llama_scope`` (as SAELens reads
+    it) or ``llama_scope_openmoss`` (as its authors do), ``sparsify``, ``qwen_scope``; found from the files when None.
     ``dtype``: of ``weight``, ``decoder`` and ``decoder_bias``; None keeps the file's. Bias and threshold are fp32.
     ``input_scale``: the factor on the input of SAELens' ``expected_average_only_in``, which is not in the checkpoint.
     ``fold_decoder_norm``: True gives z in units of unit decoder rows (z times the norm of the stored row), False as
     stored; None does what the original library's own loader does: plain ``AutoEncoder`` of dictionary_learning and
-    SAELens files with ``rescale_acts_by_decoder_norm`` are folded, all others not. ``metadata`` records which.
+    SAELens files with ``rescale_acts_by_decoder_norm`` are folded, as are ``llama_scope_openmoss``, all others not.
+    ``metadata`` records which.
 
     Raises FileNotFoundError for a missing path or file, ValueError for an unknown format, a damaged or inconsistent
     file, an unsupported setting, NaN or Inf, or a latent out of range or named twice. Pickles are read with
-    ``weights_only=True`` and never executed. Formats: SAELens, saprmarks/dictionary_learning, Goodfire.
+    ``weights_only=True`` and never executed. What :func:`lockin_fast.sae.hub.fetch` raises for an id on the hub.
     """
-    path = Path(path)
+    hub = path if isinstance(path, HubPath) else hub_path(path) if isinstance(path, str) else None
+    path = Path(path) if hub is None else fetch(hub)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or directory; expected an SAE: {EXPECTED}")
     if format is not None and format not in READERS:
@@ -68,15 +83,18 @@ def detect_format(path: Path) -> str:
     """
     if path.is_file() and path.suffix in PICKLES:
         return _pickle_format(path)
-    names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
-    pickles = [name for name in names if Path(name).suffix in PICKLES]
-    found = []
-    if WEIGHTS in names or (path.is_file() and path.name == CONFIG):
-        found.append("saelens")
-    if "ae.pt" in names:
-        found.append("dictionary_learning")
-    elif len(pickles) == 1 and _pickle_format(path / pickles[0]) == "goodfire":
-        found.append("goodfire")
+    directory = path if path.is_dir() else path.parent
+    if path.is_file() and directory.name == "checkpoints":
+        directory = directory.parent
+    names = {entry.name for entry in directory.iterdir()}
+    names |= {f"checkpoints/{entry.name}" for entry in directory.glob("checkpoints/*")}
+    found = formats_in(names)
+    if path.is_file():
+        given = path.relative_to(directory).as_posix()
+        found = [format for format in found if given in (*WEIGHTS[format], *CONFIGS[format])]
+        names = {path.name}
+    elif not found and len(pickles := lone_pickles(names)) == 1:
+        found = [format for format in (_pickle_format(directory / pickles[0]),) if format != "dictionary_learning"]
     if len(found) == 1:
         return found[0]
     if found:
@@ -86,4 +104,8 @@ def detect_format(path: Path) -> str:
 
 
 def _pickle_format(path: Path) -> str:
-    return "goodfire" if "encoder_linear.weight" in TensorFile(path) else "dictionary_learning"
+    """By its tensors. Qwen-Scope's names occur in dictionary_learning too, but there with a threshold."""
+    tensors = TensorFile(path).shapes.keys()
+    if "encoder_linear.weight" in tensors:
+        return "goodfire"
+    return "qwen_scope" if tensors == QWEN_SCOPE_TENSORS else "dictionary_learning"

@@ -1,24 +1,25 @@
 """Named tensors of one checkpoint file, read a block at a time.
 
-A file is mapped anew for every block, so what is resident is bounded by the block, not by the file: twenty latents of a
-2 GB encoder cost the block, whichever way the matrix is stored.
+A file is mapped anew for every block (an archive of numpy arrays is streamed), so what is resident is bounded by the
+block, not by the file: twenty latents of a 2 GB encoder cost the block, whichever way the matrix is stored.
 """
 
 import pickle
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lockin_fast.sae.container import DTYPES, is_finite
+from lockin_fast.sae.npz import NpzFile
 
 BLOCK_BYTES = 32 << 20
 
 
 class TensorFile:
-    """A ``.safetensors`` file, or a ``.pt``/``.pth`` pickle read with ``weights_only=True, mmap=True``.
+    """A ``.safetensors`` file, a ``.npz`` archive, or a ``.pt``/``.pth`` pickle (``weights_only=True, mmap=True``).
 
     Nested dictionaries of a pickle are flattened with dots; numbers count as tensors without dimensions; anything
     else in it is ignored. ``shapes`` maps every name to its shape. Raises FileNotFoundError, or ValueError for a file
@@ -30,9 +31,15 @@ class TensorFile:
         if not self.path.is_file():
             raise FileNotFoundError(f"{self.path}: no such file")
         self._map: Callable[[Path], AbstractContextManager]
-        self._map = _map_safetensors if self.path.suffix == ".safetensors" else _map_pickle
+        if self.path.suffix == ".npz":
+            archive = NpzFile(self.path)  # its streams stay open from block to block: they only go forward
+            self._map = lambda path: nullcontext(archive)
+        else:
+            self._map = _map_safetensors if self.path.suffix == ".safetensors" else _map_pickle
         with self._map(self.path) as tensors:
-            self.shapes = {name: tuple(_stored_shape(tensors[name])) for name in tensors}
+            shapes = {name: tuple(_stored_shape(tensors[name])) for name in tensors}
+            self._reversed = {name for name in tensors if getattr(tensors[name], "reversed", False)}
+        self.shapes = {name: shape[::-1] if name in self._reversed else shape for name, shape in shapes.items()}
 
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
@@ -65,21 +72,33 @@ class TensorFile:
 
     def rows(self, name: str, size: tuple[int, int], index: Tensor | None = None) -> Tensor:
         """Rows ``index`` (None = all) of a tensor stored as ``size = [F, d]``: ``[K, d]``."""
-        width, d_model = self._matrix(name, size)
+        self._check_matrix(name, size)
+        read = self._across if name in self._reversed else self._along
+        return self._checked(name, read(name, *size, index), index)
+
+    def columns(self, name: str, size: tuple[int, int], index: Tensor | None = None) -> Tensor:
+        """Columns ``index`` (None = all) of a tensor stored as ``size = [d, F]``, as rows: ``[K, d]``."""
+        self._check_matrix(name, size)
+        d_model, width = size
+        read = self._along if name in self._reversed else self._across
+        return self._checked(name, read(name, width, d_model, index), index)
+
+    def _along(self, name: str, width: int, d_model: int, index: Tensor | None) -> Tensor:
+        """Latents of a matrix in which each is a row; in the file's order, as a stream cannot go back."""
         index = torch.arange(width) if index is None else index
+        order = index.argsort()
         out = None
         for start, stop in _blocks(len(index), d_model):
             with self._map(self.path) as tensors:
                 stored = tensors[name]
-                runs = _runs(index[start:stop].tolist())
+                runs = _runs(index[order[start:stop]].tolist())
                 block = self._floats(name, torch.cat([stored[first:last] for first, last in runs]))
             out = torch.empty(len(index), d_model, dtype=block.dtype) if out is None else out
-            out[start:stop] = block
-        return self._checked(name, torch.empty(0, d_model) if out is None else out, index)
+            out[order[start:stop]] = block
+        return torch.empty(0, d_model) if out is None else out
 
-    def columns(self, name: str, size: tuple[int, int], index: Tensor | None = None) -> Tensor:
-        """Columns ``index`` (None = all) of a tensor stored as ``size = [d, F]``, as rows: ``[K, d]``."""
-        d_model, width = self._matrix(name, size)
+    def _across(self, name: str, width: int, d_model: int, index: Tensor | None) -> Tensor:
+        """Latents of a matrix in which each is a column: all of it is read, a block of rows at a time."""
         count = width if index is None else len(index)
         out = None
         for start, stop in _blocks(d_model, width):
@@ -87,13 +106,12 @@ class TensorFile:
                 block = self._floats(name, tensors[name][start:stop])
                 out = torch.empty(count, d_model, dtype=block.dtype) if out is None else out
                 out[:, start:stop] = (block if index is None else block.index_select(1, index)).T
-        return self._checked(name, torch.empty(count, 0) if out is None else out, index)
+        return torch.empty(count, 0) if out is None else out
 
-    def _matrix(self, name: str, size: tuple[int, int]) -> tuple[int, int]:
+    def _check_matrix(self, name: str, size: tuple[int, int]) -> None:
         shape = self.shape(name, 2)
         if shape != tuple(size):
             raise ValueError(f"{self.path}: tensor {name!r} must have shape {list(size)}, got {list(shape)}")
-        return shape
 
     def _floats(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.dtype not in DTYPES or tensor.layout != torch.strided:

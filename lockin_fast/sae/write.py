@@ -46,6 +46,8 @@ def save_saelens(
     activations = {"standard": "relu", "jumprelu": "jumprelu", "topk": "topk"}
     if architecture not in activations:
         raise ValueError(f"architecture must be one of {', '.join(activations)}, got {architecture!r}")
+    if architecture == "topk" and k is None:
+        raise ValueError("architecture='topk' needs k")
     sae = SparseAutoencoder(
         weight=weight.detach(),
         bias=bias.detach().float(),

@@ -19,6 +19,13 @@ class Batch:
     trials: tuple[Trial, ...]
     folders: tuple[Path, ...]
 
+    def unfinished(self) -> "Batch | None":
+        """The part of the batch that has no folder yet, None when there is none."""
+        pairs = zip(self.trials, self.folders, strict=True)
+        if rest := [(trial, folder) for trial, folder in pairs if not folder.is_dir()]:
+            return Batch(self.stage, *zip(*rest, strict=True))
+        return None
+
 
 def batches(trials: Sequence[Trial], folder: Path) -> list[Batch]:
     """The trials that have no folder below `folder` yet, in their order and grouped into what runs as one."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from lockin_fast.config import Config, ConfigError
 from lockin_fast.discovery.run import SETS
-from lockin_fast.inputs import adapter_bytes, check_files, input_hashes, open_exam, open_inputs
+from lockin_fast.inputs import adapter_bytes, check_files, check_inputs, input_hashes, open_exam, open_inputs
 from lockin_fast.progress import Progress, silent
 from lockin_fast.provenance import versions
 from lockin_fast.rundir import (
@@ -24,6 +24,7 @@ from lockin_fast.sweep.engines import batches, in_process
 from lockin_fast.sweep.summary import summarise
 from lockin_fast.sweep.trial import Trial
 
+EXAMS = ("final", "in_domain")  # the prompts every trial answers, by their names in the data section
 SECTIONS = ("quantization", "lora", "train", "block", "sweep", "generation", "judge")
 MAY_GROW = ("sweep.lambdas", "sweep.seeds")
 BYTES_PER_REPLY = 4096
@@ -56,14 +57,15 @@ def run_sweep(config: Config, progress: Progress = silent) -> dict[str, Any]:
         raise ConfigError("sweep.lambdas: no lambda to try; give a list such as [1, 10, 100]")
     named = [key for key in ("sweep.latents", "block.latents") if config.is_set(key)][:1]
     check_files(config, "model", "sae", "data.train", "data.final", "data.in_domain", *named)
+    on_ray = _ray_engine() if config.sweep.engine == "ray" else None
     run = config.output
     check_place(run, SLACK_BYTES)
     entry = {"config": config.identity(*SECTIONS), "inputs": input_hashes(config, latents)}
     manifest = check_claim(run, "sweep", entry, may_grow=MAY_GROW)
     if not named:
         _check_discovered(run, manifest.get("discover", {}).get("inputs", {}), entry["inputs"])
-    exam = open_exam(config, "final", "in_domain")
-    inputs = open_inputs(config, latents)
+    exam = open_exam(config, *EXAMS)
+    inputs = (check_inputs if on_ray else open_inputs)(config, latents)
     trials = plan(config)
     missing = batches(trials, run / "trials")
     replies = sum(map(len, exam.prompts.values()))
@@ -72,9 +74,18 @@ def run_sweep(config: Config, progress: Progress = silent) -> dict[str, Any]:
 
     with claim(run, "sweep", entry | {"versions": versions()}, may_grow=MAY_GROW) as record:
         write_config(config, run)
-        if missing:
+        if missing and on_ray:
+            record(kernels=on_ray(missing, config, latents, EXAMS, progress))
+        elif missing:
             record(kernels=in_process(missing, inputs, exam, progress))
         return _finish(run, trials, {"train_rows": len(inputs.dataset), "train_rows_dropped": inputs.dataset.dropped})
+
+
+def _ray_engine() -> Any:
+    """Where Ray is missing, the error comes before any work."""
+    from lockin_fast.sweep.ray_engine import on_ray
+
+    return on_ray
 
 
 def write_config(config: Config, run: Path) -> None:

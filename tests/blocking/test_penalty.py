@@ -84,9 +84,10 @@ def test_bad_arguments_are_refused(change, error, message):
         BlockPenalty(**arguments)
 
 
-def test_the_gate_of_a_top_k_sae_is_refused():
-    sae = replace(tiny.sae(), activation="topk", k=4)
-    with pytest.raises(ValueError, match="top-k SAE needs all 64 pre-activations"):
+@pytest.mark.parametrize("activation", ["topk", "groupmax"])
+def test_the_gate_of_a_top_k_sae_is_refused(activation):
+    sae = replace(tiny.sae(), activation=activation, k=4)
+    with pytest.raises(ValueError, match=f"{activation} SAE needs all 64 pre-activations"):
         BlockPenalty(sae, tiny.LATENT_SET, 1, 1.0, gate="sae")
     BlockPenalty(sae, tiny.LATENT_SET, 1, 1.0)
 

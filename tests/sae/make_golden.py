@@ -1,9 +1,7 @@
 """Make tests/sae/golden: small random SAEs written, loaded and run by the original libraries themselves.
 
-    python -m venv peers
-    peers/bin/pip install torch==2.13.0 sae-lens && peers/bin/pip install --no-deps dictionary-learning
-    peers/bin/pip uninstall -y torchvision      # its build does not fit the CPU build of torch
-    peers/bin/python tests/sae/make_golden.py
+    make peers
+    .venv-peers/bin/python tests/sae/make_golden.py
 
 Each case is a directory as the library writes it, plus ``expected.safetensors``: activations ``x``, the library's own
 code ``z`` in the file's dtype and ``z_fp64`` with the same weights in fp64, and the reconstructions ``x_hat``,
@@ -19,8 +17,8 @@ from unittest import mock
 
 import sae_lens
 import torch
-from sae_lens.loading import pretrained_sae_loaders
-from safetensors.torch import save_file
+from golden_published import published_cases, sparsify_version
+from golden_tools import GOLDEN, D, F, K, randomise, record
 
 # dictionary_learning imports these for activation buffers and training logs; its SAE classes do not use them.
 for name in ("nnsight", "nnsight.intervention", "zstandard", "wandb", "circuitsvis", "umap"):
@@ -39,49 +37,7 @@ from dictionary_learning.trainers.top_k import AutoEncoderTopK  # noqa: E402
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from lockin_fast.sae import save_saelens  # noqa: E402
 
-GOLDEN = Path(__file__).parent / "golden"
-D, F, T, K = 16, 48, 3, 7
 INPUT_SCALE = 0.37
-GATE_MARGIN = 1e-4
-
-
-def randomise(module, seed):
-    """Weights of a trained SAE's magnitude, every bias and threshold away from zero, decoder rows of unequal norm."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            values = torch.randn(parameter.shape, generator=generator) * (0.35 if parameter.dim() > 1 else 0.2)
-            if "threshold" in name:
-                values = values.abs() + 0.1
-            elif "gate" in name:
-                values = values - 1  # so that the gate shuts some latents that the magnitude would let through
-            parameter.copy_(values)
-
-
-def activations(seed):
-    return torch.randn(T, D, generator=torch.Generator().manual_seed(1000 + seed)) * 2 + 0.3
-
-
-def record(case, seed, load):
-    """``load(dtype)`` gives encode and decode of the SAE in the case's directory, in that dtype (None = the file's)."""
-    for attempt in range(100):
-        x = activations(seed + 100 * attempt)
-        encode, decode = load(None)
-        with torch.no_grad():
-            z = encode(x)
-            x_hat = decode(z)
-            encode, decode = load(torch.float64)
-            z_fp64 = encode(x.double())
-            x_hat_fp64 = decode(z_fp64)
-            nudged = [encode(x.double() * (1 + step)) for step in (-GATE_MARGIN, GATE_MARGIN)]
-        same_gates = all(((other > 0) == (z_fp64 > 0)).all() for other in (z, *nudged))
-        if same_gates and (z_fp64 > 0).any() and (z_fp64 == 0).any():
-            break
-    else:
-        raise RuntimeError(f"{case}: no input keeps clear of the gates")
-    expected = {"x": x, "z": z, "z_fp64": z_fp64, "x_hat": x_hat, "x_hat_fp64": x_hat_fp64}
-    expected = {name: tensor.contiguous().clone() for name, tensor in expected.items()}
-    save_file(expected, GOLDEN / case / "expected.safetensors")
 
 
 def saelens_from_disk(case, input_scale=None):
@@ -227,38 +183,6 @@ def dictionary_from_disk(case, dictionary_class, arguments, factor):
     return load
 
 
-def goodfire_cases():
-    """Modules laid out as in Goodfire's file; the reader to agree with is the one in SAELens."""
-    for seed, (case, name) in enumerate({"goodfire_pth": "sae-l19.pth", "goodfire_pt": "sae-l50.pt"}.items(), start=60):
-        modules = torch.nn.ModuleDict(
-            {"encoder_linear": torch.nn.Linear(D, F), "decoder_linear": torch.nn.Linear(F, D)}
-        )
-        randomise(modules, seed)
-        if case == "goodfire_pt":
-            modules = modules.to(torch.bfloat16)
-        (GOLDEN / case).mkdir()
-        torch.save(modules.state_dict(), GOLDEN / case / name)
-        record(case, seed, goodfire_from_disk(GOLDEN / case / name, next(modules.parameters()).dtype))
-
-
-def goodfire_from_disk(path, stored_dtype):
-    def load(dtype):
-        dtype = stored_dtype if dtype is None else dtype
-        overrides = {"d_in": D, "d_sae": F, "dtype": str(dtype).removeprefix("torch.")}
-        published = "Llama-3.1-8B-Instruct-SAE-l19"
-        with mock.patch.object(pretrained_sae_loaders, "hf_hub_download", lambda **_: str(path)):
-            config, state, _ = pretrained_sae_loaders.get_goodfire_huggingface_loader(
-                f"Goodfire/{published}", f"{published}.pth", cfg_overrides=overrides
-            )
-        sae = sae_lens.StandardSAE(
-            sae_lens.StandardSAEConfig(D, F, dtype=config["dtype"], apply_b_dec_to_input=config["apply_b_dec_to_input"])
-        )
-        sae.load_state_dict(state)
-        return sae.encode, sae.decode
-
-    return load
-
-
 def main():
     shutil.rmtree(GOLDEN, ignore_errors=True)
     GOLDEN.mkdir()
@@ -268,10 +192,11 @@ def main():
     torch.manual_seed(0)
     written_cases()
     dictionary_learning_cases()
-    goodfire_cases()
+    published_cases()
     versions = {
         "sae-lens": sae_lens.__version__,
         "dictionary-learning": dictionary_learning.__version__,
+        "eai-sparsify": sparsify_version(),
         "torch": torch.__version__,
         "input_scale": INPUT_SCALE,
     }

@@ -44,7 +44,8 @@ BAD = {
     "has no threshold": {"threshold": torch.zeros(K)},
     "activation must be one of": {"activation": "abstopk"},
     "normalization must be one of": {"normalization": "batch_norm"},
-    "needs k": {"activation": "topk"},
+    "needs a k that divides the width 13, got 3": {"activation": "groupmax", "k": 3},
+    "needs a k that divides the width 13, got None": {"activation": "groupmax"},
     "k must be an integer from 1 to the width 13, got 14": {"activation": "topk", "k": 14},
     "width must be": {"width": K - 1},
     "latents must name the 13 rows": {"width": 100},
@@ -102,9 +103,29 @@ def test_topk_needs_every_row():
     sae, x = make(activation="topk", k=3), torch.randn(5, D)
     assert ((sae.encode(x) > 0).sum(dim=-1) <= 3).all()
     part = sae.rows(range(6))
-    with pytest.raises(ValueError, match="top-3 needs all 13 latents, but 6 were read"):
+    with pytest.raises(ValueError, match="topk with k=3 needs all 13 latents in order, but 6 were read"):
         part.encode(x)
     assert torch.equal(part.encode_latents(x), sae.encode_latents(x)[:, :6])
+    with pytest.raises(ValueError, match="in order"):
+        sae.rows(range(12, -1, -1)).encode(x)
+    assert torch.equal(sae.rows(range(13)).encode(x), sae.encode(x))
+
+
+def test_groupmax_keeps_the_largest_of_every_group_of_neighbours():
+    sae, x = make(), torch.randn(5, D)
+    few = replace(sae.rows(range(12)), width=12, latents=None, activation="groupmax", k=4)
+    dense, kept = few.encode_latents(x).view(5, 4, 3), few.encode(x).view(5, 4, 3)
+    assert torch.equal(kept.amax(-1), dense.amax(-1)) and ((kept > 0).sum(-1) <= 1).all() and (kept > 0).any()
+    with pytest.raises(ValueError, match="groupmax with k=4 needs all 12 latents in order, but 3 were read"):
+        few.rows([0, 1, 2]).encode(x)
+
+
+def test_topk_of_unknown_k_has_its_dense_code_only():
+    sae, x = make(activation="topk"), torch.randn(5, D)
+    assert torch.equal(sae.encode_latents(x), make().encode_latents(x))
+    with pytest.raises(ValueError, match="k of the top-k is not in the checkpoint"):
+        sae.encode(x)
+    assert torch.equal(replace(sae, k=3).encode(x), make(activation="topk", k=3).encode(x))
 
 
 @pytest.mark.parametrize("normalization", ["constant_norm_rescale", "layer_norm"])

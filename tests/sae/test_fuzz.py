@@ -1,6 +1,5 @@
 """Damaged, hostile and inconsistent files: one clear line that names the file and the field, and nothing executed."""
 
-import json
 import os
 import pickle
 import random
@@ -9,55 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from fuzzing import GOLDEN, WEIGHTS_FILE, copy_of, edit_config, edit_tensors, refuses
 from safetensors.torch import load_file, save_file
 
 from lockin_fast.sae import load_sae
 
-GOLDEN = Path(__file__).parent / "golden"
-WEIGHTS_FILE = {
-    "saelens_jumprelu": "sae_weights.safetensors",
-    "dl_batchtopk": "ae.pt",
-    "goodfire_pth": "sae-l19.pth",
-}
-
 
 @pytest.fixture
 def copy(tmp_path):
-    def copy(case):
-        return Path(shutil.copytree(GOLDEN / case, tmp_path / "sae"))
-
-    return copy
-
-
-def refuses(path, *words, error=ValueError, **options):
-    with pytest.raises(error) as raised:
-        load_sae(path, **options)
-    message = str(raised.value)
-    assert "\n" not in message, message
-    for word in words:
-        assert word in message, message
-    return message
-
-
-def edit_tensors(directory, **changes):
-    """Replace tensors of the case's weights file; None removes one. Dots in names are written as double underscores."""
-    file = next(directory / name for name in WEIGHTS_FILE.values() if (directory / name).exists())
-    safe = file.suffix == ".safetensors"
-    tensors = load_file(file) if safe else torch.load(file, weights_only=True)
-    for name, value in changes.items():
-        name = name.replace("__", ".")
-        if value is None:
-            del tensors[name]
-        else:
-            tensors[name] = value(tensors[name])
-    save_file(tensors, file) if safe else torch.save(tensors, file)
-    return file.name
-
-
-def edit_config(directory, name="cfg.json", **changes):
-    path = directory / name
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({key: value for key, value in (config | changes).items() if value is not ...}))
+    return lambda case: copy_of(case, tmp_path)
 
 
 def set_nan(tensor):
@@ -73,8 +32,8 @@ def test_path_does_not_exist(tmp_path):
 
 def test_empty_and_foreign_directories(tmp_path):
     refuses(tmp_path, str(tmp_path), "found nothing", "saelens", "dictionary_learning", "goodfire")
-    (tmp_path / "params.npz").write_bytes(b"")
-    refuses(tmp_path, "found params.npz")
+    (tmp_path / "model.gguf").write_bytes(b"")
+    refuses(tmp_path, "found model.gguf", "gemma_scope", "llama_scope", "sparsify", "qwen_scope")
     refuses(tmp_path, "expected one .pth or .pt file, found 0", format="goodfire")
     refuses(tmp_path, "cfg.json", error=FileNotFoundError, format="saelens")
     refuses(tmp_path, "ae.pt", error=FileNotFoundError, format="dictionary_learning")
@@ -156,7 +115,12 @@ def test_pickles_that_are_no_state_dict(tmp_path):
     ("case", "name"),
     [("saelens_jumprelu", name) for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")]
     + [("dl_batchtopk", name) for name in ("encoder__weight", "encoder__bias", "decoder__weight", "b_dec")]
-    + [("goodfire_pth", f"{part}_linear__{kind}") for part in ("encoder", "decoder") for kind in ("weight", "bias")],
+    + [("goodfire_pth", f"{part}_linear__{kind}") for part in ("encoder", "decoder") for kind in ("weight", "bias")]
+    + [("gemma_scope_1", name) for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")]
+    + [("gemma_scope_2", name) for name in ("w_enc", "w_dec", "b_enc", "b_dec", "threshold")]
+    + [("llama_scope", f"{part}__{kind}") for part in ("encoder", "decoder") for kind in ("weight", "bias")]
+    + [("qwen_scope_L0_7", name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")]
+    + [("sparsify_topk", name) for name in ("encoder__weight", "encoder__bias", "W_dec", "b_dec")],
 )
 def test_missing_wrong_and_nan_tensors(case, name, copy):
     directory = copy(case)
@@ -170,8 +134,9 @@ def test_missing_wrong_and_nan_tensors(case, name, copy):
     edit_tensors(directory, **{name: lambda tensor: torch.zeros([size + 1 for size in tensor.shape[:-1]])})
     refuses(directory, file)
     edit_tensors(directory, **{name: None})
-    # A directory without Goodfire's encoder is no longer known to be Goodfire's.
-    refuses(directory, *([] if stored == "encoder_linear.weight" else [file, repr(stored), "missing"]))
+    # A pickle without a tensor that it is known by is no longer known; a W_ may be a w_ as well.
+    unknown = stored == "encoder_linear.weight" or case == "qwen_scope_L0_7"
+    refuses(directory, *([] if unknown else [file, f"{stored[1:]}'", "missing"]))
 
 
 def test_transposed_matrices_are_noticed(copy):
