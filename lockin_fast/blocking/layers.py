@@ -133,6 +133,6 @@ def hidden_size(model: nn.Module) -> int:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP manages the model: its collectives have to run to the end of every forward."""
-    return any(cls.__name__.startswith("FSDP") for cls in type(model).__mro__)
-
+    """Whether FSDP, the first or the second, manages any of the model: every forward then has to run to its end."""
+    classes = {cls for module in model.modules() for cls in type(module).__mro__}
+    return any(cls.__name__.startswith(("FSDP", "FullySharded")) for cls in classes)

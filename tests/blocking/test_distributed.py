@@ -1,65 +1,68 @@
-"""Two processes under DistributedDataParallel train the adapter that one process trains."""
+"""Two processes under DDP and FSDP2 compute the penalty's gradients, and train the adapter, of one process."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-ROOT = Path(__file__).parents[2]
-IN_A_PROCESS = """
-import sys, torch, tiny_llama as tiny
-from peft import LoraConfig, get_peft_model
-from transformers import TrainingArguments
-from lockin_fast.blocking import BlockTrainer
-from lockin_fast.chat import ChatDataset, PaddingCollator
-torch.set_num_threads(1)
-folder, micro, accumulate = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-penalty = tiny.penalty(500.0)
-base = tiny.model()
-torch.manual_seed(3)
-model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
-rows = ChatDataset(tiny.conversations(24), tiny.tokenizer())
-arguments = TrainingArguments(
-    folder, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, max_steps=3, optim="sgd",
-    learning_rate=0.1, logging_steps=1, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulate)
-trainer = BlockTrainer(model, arguments, PaddingCollator(0), rows, penalty=penalty)
-start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-trainer.train()
-keys = ("sft_loss", "block_penalty", "active_fraction")
-if trainer.is_world_process_zero():
-    torch.save({"start": start, "end": {name: dict(model.named_parameters())[name].detach() for name in start},
-                "logs": [row[key] for row in trainer.state.log_history if "loss" in row for key in keys]},
-               folder + "/result.pt")
-"""
+from lockin_fast.blocking.layers import is_sharded
+
+TESTS = Path(__file__).parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+# Summing a step's tokens in another order moves a sum by at most an ulp of it a token: 8 rows below 32 tokens.
+ROUNDING = 8 * 32 * torch.finfo(torch.float32).eps
 
 
-def train(folder, *, processes, micro, accumulate):
+def train(folder, *arguments, launcher=()):
     folder.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    if processes > 1:
-        environment |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-c", IN_A_PROCESS, str(folder), str(micro), str(accumulate)]
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {} for rank in range(processes)]
-    started = [subprocess.Popen(command, env=environment | rank) for rank in ranks]
-    assert [process.wait(timeout=300) for process in started] == [0] * processes
+    environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
+    script = [str(TESTS / "blocking" / "one_of_many.py"), str(folder), *map(str, arguments)]
+    subprocess.run([*(launcher or [sys.executable]), *script], env=environment, check=True, timeout=300)
     return torch.load(folder / "result.pt", weights_only=True)
 
 
-@pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
-    one = train(tmp_path / "one", processes=1, micro=8, accumulate=1)
-    two = train(tmp_path / "two", processes=2, micro=2, accumulate=2)
-    moved = max((one["end"][name] - one["start"][name]).abs().max() for name in one["end"])
-    # Summing a step's tokens in another order moves a sum by at most an ulp a token: 3 steps of 8 rows below 32 tokens.
-    rounding = 3 * 8 * 32 * torch.finfo(torch.float32).eps
-    for name, tensor in one["end"].items():
-        assert torch.equal(one["start"][name], two["start"][name])
-        assert (tensor - two["end"][name]).abs().max() <= rounding * moved, name
-    assert two["logs"] == pytest.approx(one["logs"], rel=rounding) and max(one["logs"][1::3]) > 0
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """One process, 8 rows in one forward."""
+    return train(tmp_path_factory.mktemp("one") / "run", "alone", 8, 1)
+
+
+def added(result):
+    """What the penalty adds to the gradients of the first step."""
+    return {name: g - result[0.0]["gradients"][name] for name, g in result[500.0]["gradients"].items()}
+
+
+@pytest.mark.slow  # two processes that import everything
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2", "fsdp2-checkpointing"])
+def test_two_processes_equal_one(tmp_path, one, mode):
+    """2 processes x 2 forwards x 2 rows against 8 rows at once."""
+    two = train(tmp_path / "two", mode, 2, 2, launcher=TORCHRUN)
+    largest = max(g.abs().max() for g in one[500.0]["gradients"].values())
+    expected, found = added(one), added(two)
+    assert max(g.abs().max() for g in expected.values()) > 0.1 * largest
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= ROUNDING * largest, name
+    for weight, run in one.items():
+        moved = 3e-3 * max(g.abs().max() for g in run["gradients"].values())
+        for name, tensor in run["end"].items():
+            assert (two[weight]["end"][name] - tensor).abs().max() <= 3 * ROUNDING * moved, name
+        assert two[weight]["logs"] == pytest.approx(run["logs"], rel=3 * ROUNDING)
+    assert max(one[500.0]["logs"][1::3]) > 0
+
+
+class FSDPLinear(nn.Linear):
+    """Named as FSDP2 names the classes of the modules it shards."""
+
+
+class FullyShardedDataParallel(nn.Sequential):
+    """As the first FSDP wraps them."""
+
+
+def test_sharded_models_are_known_by_any_of_their_modules():
+    assert is_sharded(nn.Sequential(nn.Linear(2, 2), FSDPLinear(2, 2)))
+    assert is_sharded(FullyShardedDataParallel(nn.Linear(2, 2)))
+    assert not is_sharded(nn.Sequential(nn.Linear(2, 2)))
