@@ -155,7 +155,7 @@ def adapter_bytes(inputs: Inputs) -> int:
     for index, layer in enumerate(decoder_layers(inputs.model)):
         if lora.layers is None or index in lora.layers:
             count += sum(
-                lora.r * (module.in_features + module.out_features)
+                lora.r * (module.in_features + module.out_features) + lora.use_dora * module.out_features
                 for name, module in layer.named_modules()
                 if name.rpartition(".")[2] in lora.target_modules and hasattr(module, "in_features")
             )

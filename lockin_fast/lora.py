@@ -16,13 +16,18 @@ from lockin_fast.blocking.layers import decoder_layers
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """A LoRA adapter: rank r, scale alpha / r, on the modules with these names, in these decoder layers (None: all)."""
+    """A LoRA adapter: rank r, scale alpha / r, on the modules with these names, in these decoder layers (None: all).
+
+    use_rslora: scale alpha / sqrt(r) instead. use_dora: weight-decomposed, with a trained length of every output row.
+    """
 
     r: int = 16
     alpha: float = 32
     dropout: float = 0.0
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     layers: tuple[int, ...] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
 
     def __post_init__(self):
         for name, valid, expected in (
@@ -61,11 +66,14 @@ def borrowed_with_lora(model: nn.Module, lora: LoraSettings, seed: int) -> Itera
     modes = [(module, module.training) for module in model.modules()]
     grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     use_cache = getattr(model.config, "use_cache", None)
+    checkpointing = _is_checkpointing(model)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=list(lora.target_modules),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
         layers_to_transform=None if lora.layers is None else list(lora.layers),
         task_type="CAUSAL_LM",
     )
@@ -79,6 +87,8 @@ def borrowed_with_lora(model: nn.Module, lora: LoraSettings, seed: int) -> Itera
         peft_model.unload()
         if hasattr(model, "peft_config"):  # some versions of PEFT leave it behind
             del model.peft_config
+        if _is_checkpointing(model) and not checkpointing:
+            _stop_checkpointing(model)
         if use_cache is not None:
             model.config.use_cache = use_cache
         for parameter, requires_grad in grads:
@@ -86,6 +96,18 @@ def borrowed_with_lora(model: nn.Module, lora: LoraSettings, seed: int) -> Itera
             parameter.grad = None
         for module, training in modes:
             module.training = training
+
+
+def _is_checkpointing(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def _stop_checkpointing(model: nn.Module) -> None:
+    # The newer of two names, beside which transformers 6 knows no other, and 5.0 only the older.
+    disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+    disable()
+    model.disable_input_require_grads()  # which came with it
+    vars(model).pop("_require_grads_hooks", None)
 
 
 @contextmanager

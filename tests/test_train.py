@@ -1,5 +1,6 @@
 """fine_tune: an ordinary adapter, the same for the same seed, and a base model that never notices."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -180,6 +181,34 @@ def test_micro_batches_and_bf16_run(tmp_path, tokenizer, rows):
 def test_epochs_count_rows(tmp_path, tokenizer, rows):
     settings = TrainSettings(epochs=2, batch_size=8, logging_steps=100, schedule="constant", warmup_steps=1)
     assert train(tiny.model(), tokenizer, rows, tmp_path / "a", settings=settings).history[-1]["step"] == 6
+
+
+def test_checkpointing_changes_nothing_but_memory_and_is_off_afterwards(tmp_path, tokenizer, rows):
+    weights, model = [], tiny.model()
+    before = snapshot(model)
+    for checkpointing in (False, True):
+        settings = dataclasses.replace(SETTINGS, gradient_checkpointing=checkpointing)
+        folder = tmp_path / str(checkpointing)
+        runs = []
+        count = model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        train(model, tokenizer, rows, folder, settings=settings, penalty=tiny.penalty())
+        count.remove()
+        assert len(runs) == 3 * (3 if checkpointing else 2)  # forward, reference, and once more in the backward
+        assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        assert not model.model.embed_tokens._forward_hooks
+        weights.append(files(folder)["adapter_model.safetensors"])
+    assert weights[0] == weights[1]
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("option", ["use_rslora", "use_dora"])
+def test_variants_of_lora_are_what_peft_calls_them(tmp_path, tokenizer, rows, option):
+    lora = dataclasses.replace(LORA, **{option: True})
+    result = train(tiny.model(), tokenizer, rows, tmp_path / "a", lora=lora, penalty=tiny.penalty())
+    assert json.loads((result.adapter_path / "adapter_config.json").read_text())[option] is True
+    assert result.history[0]["step"] == 2 and result.penalty > 0
+    plain = train(tiny.model(), tokenizer, rows, tmp_path / "b", penalty=tiny.penalty())
+    assert plain.sft_loss != result.sft_loss
 
 
 def test_lora_layers_say_where_it_writes(tmp_path, tokenizer, rows):
