@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from lockin_fast import typed_mapping
 from lockin_fast.sae.hub import HubPath, hub_path
+from lockin_fast.sweep_settings import BaselineSettings, SweepSettings
 from lockin_fast.train import LoraSettings, TrainSettings
 from lockin_fast.typed_mapping import ConfigError
 
@@ -96,42 +97,6 @@ class DiscoverySettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class RaySettings:
-    """What a trial takes of a Ray cluster, in Ray's words.
-
-    num_cpus: cores reserved for one trial, and the threads it computes with. num_gpus: GPUs reserved for it, 0.5 puts
-    two on one; null is one where the cluster has any. max_retries: how often a trial is tried again whose worker died.
-    """
-
-    num_cpus: float = 1
-    num_gpus: float | None = None
-    max_retries: int = 3
-
-    def __post_init__(self):
-        for name, valid, expected in (
-            ("num_cpus", 0 < self.num_cpus < float("inf"), "above 0 and finite"),
-            ("num_gpus", self.num_gpus is None or 0 <= self.num_gpus < float("inf"), "0 or more, or null"),
-            ("max_retries", self.max_retries >= 0, "0 or more"),
-        ):
-            if not valid:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
-
-
-@dataclasses.dataclass(frozen=True)
-class SweepSettings:
-    """Every lambda x latent set x seed is one trial; the unblocked baseline of each seed is always added.
-
-    engine: who runs the trials, this process or the tasks of a Ray cluster.
-    """
-
-    lambdas: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0)
-    latents: Mapping[str, Path] = dataclasses.field(default_factory=dict)
-    seeds: tuple[int, ...] = (0,)
-    engine: Literal["in-process", "ray"] = "in-process"
-    ray: RaySettings = RaySettings()
-
-
-@dataclasses.dataclass(frozen=True)
 class GenerationSettings:
     """Replies are decoded with the model's own `generate`; temperature 0 is greedy."""
 
@@ -173,6 +138,7 @@ class Config:
     block: BlockSettings = BlockSettings()
     discovery: DiscoverySettings = DiscoverySettings()
     sweep: SweepSettings = SweepSettings()
+    baselines: BaselineSettings = BaselineSettings()
     generation: GenerationSettings = GenerationSettings()
     judge: JudgeSettings = JudgeSettings()
     notes: tuple[str, ...] = dataclasses.field(default=(), metadata={"hidden": True})
@@ -200,9 +166,22 @@ class Config:
         flat = {}
         for key, value in typed_mapping.leaves(self):
             if key.partition(".")[0] in sections and not isinstance(value, Path) and key not in NO_IDENTITY:
-                names_only = isinstance(value, Mapping) and any(isinstance(v, Path) for v in value.values())
-                flat[key] = sorted(value) if names_only else typed_mapping.plain(value)
+                flat[key] = _without_paths(value)
         return flat
+
+
+def _without_paths(value: Any) -> Any:
+    """The value in plain types: of a mapping to paths its names alone, of anything else what is no path."""
+    if dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {name: _without_paths(child) for name, child in value.items() if not isinstance(child, Path)}
+    if isinstance(value, Mapping):
+        if any(isinstance(child, Path) for child in value.values()):
+            return sorted(value)
+        return {name: _without_paths(child) for name, child in value.items()}
+    if isinstance(value, tuple):
+        return [_without_paths(child) for child in value]
+    return typed_mapping.plain(value)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -325,8 +304,3 @@ def _check(config: Config) -> None:
     for key, value, holds, expected in rules:
         if not holds:
             raise ConfigError(f"{key}: expected {expected}, got {typed_mapping.plain(value)!r}")
-    for name in sweep.latents:
-        if name in ("base", "baseline") or not name.replace("-", "").replace("_", "").isalnum():
-            raise ConfigError(
-                f"sweep.latents.{name}: a set is named with letters, digits, - and _, not base or baseline"
-            )

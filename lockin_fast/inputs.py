@@ -1,5 +1,6 @@
 """Everything a fine-tune or a sweep reads, opened and checked before any work is done or any file is touched."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from lockin_fast.quantized import keep_trainable, quantization_config
 from lockin_fast.rundir import hash_files
 from lockin_fast.sae import SparseAutoencoder, load_sae
 from lockin_fast.sae.hub import HubPath, fetch
+from lockin_fast.variants import variants
 
 SAE_CHUNK = 16384  # latents checked at a time: bounds the memory of looking through a wide SAE
 
@@ -32,9 +34,35 @@ class Inputs:
     sae: SparseAutoencoder | None
     latents: Mapping[str, LatentSet]
 
+    def latent_set(self, name: str) -> LatentSet:
+        """The latent set of this name: one that was opened, or a part or union of those as the sweep names it."""
+        if name in self.latents:
+            return self.latents[name]
+        return variants(self.config.sweep, self.latents)[name].of(self.latents)
+
     def penalty(self, name: str, weight: float) -> BlockPenalty:
         """The block penalty of latent set `name` at lambda `weight`."""
-        return _penalty(self.config, self.sae, self.latents[name], weight)
+        return _penalty(self.config, self.sae, self.latent_set(name), weight)
+
+    def penalties(self, name: str, weight: float) -> tuple[BlockPenalty, ...]:
+        """The block penalties of set `name` at lambda `weight`, one for each layer that it blocks."""
+        if name not in self.config.sweep.layers:
+            return (self.penalty(name, weight),)
+        found = []
+        for layer, sae, latents in self.layered(name):
+            block = dataclasses.replace(self.config.block, layer=layer)
+            found.append(_penalty(dataclasses.replace(self.config, block=block), sae, latents, weight))
+        return tuple(found)
+
+    def layered(self, name: str) -> list[tuple[int, SparseAutoencoder, LatentSet]]:
+        """(layer, the SAE's rows, latents) of every layer that set `name` blocks."""
+        if name not in self.config.sweep.layers:
+            return [(self.config.block.layer, self.sae, self.latent_set(name))]
+        found = []
+        for blocked in self.config.sweep.layers[name]:
+            latents = LatentSet.load(blocked.latents)
+            found.append((blocked.layer, load_sae(blocked.sae, latents=latents.indices), latents))
+        return found
 
 
 @dataclass(frozen=True)
@@ -61,7 +89,7 @@ def check_files(config: Config, *keys: str) -> None:
 
 def sae_path(config: Config) -> Path | None:
     """Where the SAE is on this machine; one on the hub is fetched. Raises ConfigError."""
-    with _naming("sae"):
+    with naming("sae"):
         return fetch(config.sae) if isinstance(config.sae, HubPath) else config.sae
 
 
@@ -100,13 +128,13 @@ def _opened(config: Config, latents: Mapping[str, Path], load: Callable[[Config]
     sets, sae = {}, None
     if latents:
         for name, path in latents.items():
-            with _naming(f"latents {name} ({path})"):
+            with naming(f"latents {name} ({path})"):
                 sets[name] = LatentSet.load(path)
         sae = _sae_rows(config, sets, shape)
         for name, of_set in sets.items():
-            with _naming(f"latents {name} ({latents[name]})"):
+            with naming(f"latents {name} ({latents[name]})"):
                 _penalty(config, sae, of_set, 1.0)
-    with _naming("data.train"):
+    with naming("data.train"):
         dataset = ChatDataset(config.data.train, tokenizer, max_length=config.train.max_length)
     model = load(config)
     check_lora(model, config.lora)
@@ -117,15 +145,15 @@ def open_exam(config: Config, *names: str) -> Exam:
     """Open the prompts data.`name` of each name, and the judge. Raises ConfigError naming the setting."""
     prompts = {}
     for name in names:
-        with _naming(f"data.{name}"):
+        with naming(f"data.{name}"):
             prompts[name] = read_chat(getattr(config.data, name))
             for number, record in enumerate(prompts[name], 1):
                 if not question(record):
                     raise ValueError(f"conversation {number} asks nothing: it has no turn before the assistant's")
-    with _naming("judge"):
+    with naming("judge"):
         judge = load_judge(config.judge)
     for name, records in prompts.items():
-        with _naming(f"data.{name}"):
+        with naming(f"data.{name}"):
             for record in records:
                 judge.judge(record, "")  # a prompt the judge cannot place is an error now, not after training
     return Exam(prompts, judge)
@@ -135,7 +163,7 @@ def open_sae(config: Config) -> SparseAutoencoder:
     """The whole SAE, checked against the model and block.layer. Raises ConfigError."""
     shape, _ = _shape_and_tokenizer(config)
     _check_sae(config, shape)
-    with _naming("sae"):
+    with naming("sae"):
         return load_sae(sae_path(config))
 
 
@@ -183,7 +211,7 @@ def _check_sae(config: Config, shape: Any) -> SparseAutoencoder:
             f"block.layer: got {config.block.layer}, expected 0 to {shape.num_hidden_layers - 1}: the "
             f"model has {shape.num_hidden_layers} layers, counted from 0"
         )
-    with _naming("sae"):
+    with naming("sae"):
         first = load_sae(sae_path(config), latents=[0])
         if first.d_model != shape.hidden_size:
             raise ValueError(
@@ -203,14 +231,14 @@ def _sae_rows(config: Config, sets: Mapping[str, LatentSet], shape: Any) -> Spar
                 f"{first.width} latents, 0 to {first.width - 1}"
             )
     path = sae_path(config)
-    with _naming("sae"):
+    with naming("sae"):
         for start in range(0, first.width, SAE_CHUNK):
             load_sae(path, latents=range(start, min(start + SAE_CHUNK, first.width)))
         return load_sae(path, latents=torch.cat([latents.indices for latents in sets.values()]).unique())
 
 
 @contextmanager
-def _naming(key: str, *others: type[Exception]) -> Iterator[None]:
+def naming(key: str, *others: type[Exception]) -> Iterator[None]:
     """Turn what a reader raises into a ConfigError that says which setting it came from."""
     try:
         yield
@@ -223,7 +251,7 @@ def _naming(key: str, *others: type[Exception]) -> Iterator[None]:
 
 def _shape_and_tokenizer(config: Config) -> tuple[Any, Any]:
     """The text model's configuration, which names layers and width, and the tokenizer; no weight is loaded."""
-    with _naming("model"):
+    with naming("model"):
         if not (config.model / "config.json").is_file():
             raise ValueError(f"{config.model} holds no config.json; give the folder of a Hugging Face model")
         try:
@@ -237,7 +265,7 @@ def _shape_and_tokenizer(config: Config) -> tuple[Any, Any]:
 def _shell(config: Config) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with _naming("model", Exception), torch.device("meta"):
+    with naming("model", Exception), torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model, local_files_only=True))
 
 
@@ -252,7 +280,7 @@ def _load_model(config: Config) -> Any:
         dtype = getattr(AutoConfig.from_pretrained(config.model, local_files_only=True), "dtype", None)
         # bitsandbytes quantises on the way to the device; a quantised model is not moved any more.
         options |= {"quantization_config": quantization_config(config.quantization, dtype), "device_map": {"": device}}
-    with _naming("model", Exception):  # damaged weights raise whatever their reader likes
+    with naming("model", Exception):  # damaged weights raise whatever their reader likes
         model = AutoModelForCausalLM.from_pretrained(config.model, **options)
     if config.quantization == "none":
         model = model.to(device)

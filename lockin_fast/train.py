@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lockin_fast.blocking.penalty import BlockPenalty
+from lockin_fast.blocking.mixin import checked_terms
+from lockin_fast.blocking.terms import LossTerm
 from lockin_fast.chat import ChatDataset, PaddingCollator
 from lockin_fast.lora import LoraSettings, borrowed_with_lora, check_lora, save_adapter
 from lockin_fast.rundir import held_partial
@@ -30,7 +31,8 @@ class TrainSettings:
     batch_size: rows of one optimiser step and process; micro_batch_size: rows of one forward (None: all at once), which
     changes memory and speed but not the result. gradient_checkpointing: keep no activations inside the layers, compute
     them again in the backward; less memory, a third more time, the same result. bf16: autocast, with weights as they
-    are. logging_steps: optimiser steps averaged in one row of the history.
+    are. logging_steps: optimiser steps averaged in one row of the history. evaluate_epochs: after every epoch, a trial
+    of a sweep answers the prompts and is judged, so that what comes back in a long training shows.
     """
 
     steps: int | None = None
@@ -47,6 +49,7 @@ class TrainSettings:
     seed: int = 0
     bf16: bool = False
     logging_steps: int = 10
+    evaluate_epochs: bool = False
 
     def __post_init__(self):
         def require(name, valid, expected):
@@ -64,6 +67,20 @@ class TrainSettings:
         micro = self.micro_batch_size
         divides = micro is None or (micro >= 1 and self.batch_size % micro == 0)
         require("micro_batch_size", divides, f"a divisor of batch_size={self.batch_size}")
+
+
+@dataclass(frozen=True)
+class EpochWatch:
+    """A `progress` that is told of epochs too: epoch_done(epoch, model) runs after each, the model in training mode.
+
+    What it does to the model's mode it has to undo; its time is not counted as training.
+    """
+
+    progress: Callable[[int, int], None]
+    epoch_done: Callable[[float, nn.Module], None]
+
+    def __call__(self, step: int, total: int) -> None:
+        self.progress(step, total)
 
 
 @dataclass(frozen=True)
@@ -93,7 +110,7 @@ DEFAULT_SETTINGS = TrainSettings()
 def fine_tune(
     model: nn.Module, tokenizer, dataset, output: str | os.PathLike, *,
     lora: LoraSettings = DEFAULT_LORA, settings: TrainSettings = DEFAULT_SETTINGS,
-    penalty: BlockPenalty | None = None, progress: Callable[[int, int], None] | None = None,
+    penalty: LossTerm | Sequence[LossTerm] | None = None, progress: Callable[[int, int], None] | None = None,
 ) -> TrainResult:  # fmt: skip
     """Train a LoRA adapter on `model` and write it to the folder `output` as an ordinary PEFT adapter.
 
@@ -101,7 +118,8 @@ def fine_tune(
     was, bit for bit, also when training fails, so that one loaded model serves many runs. So is torch's random state.
     dataset: a path of chat JSONL, rows of one, or a ChatDataset (tokenise once, train often).
     output: must not exist; it appears whole, with metrics.jsonl, when training has succeeded, and not at all otherwise.
-    penalty: what to block; None trains plainly. progress(step, total) is called after every optimiser step.
+    penalty: one loss term or several; None trains plainly. progress(step, total) is called after every optimiser step;
+    an EpochWatch is told of epochs as well.
 
     The same seed on the same machine gives the same bytes. Raises before training: FileExistsError for an existing
     output; ValueError for modules or layers the model does not have, a model that has adapters already, or a penalty
@@ -114,11 +132,7 @@ def fine_tune(
         raise ImportError("fine_tune needs transformers and peft: pip install 'lockin-fast[train]'") from error
     output = Path(output)
     check_lora(model, lora)
-    if penalty is not None and lora.layers is not None and min(lora.layers) > penalty.layer:
-        raise ValueError(
-            f"lora.layers: the lowest is {min(lora.layers)}, above the penalised layer {penalty.layer}, so the penalty "
-            "could change nothing"
-        )
+    check_reach(lora, checked_terms(penalty))
     if not isinstance(dataset, ChatDataset):
         dataset = ChatDataset(dataset, tokenizer, max_length=settings.max_length)
     if os.path.lexists(output):
@@ -148,6 +162,16 @@ def fine_tune(
         active_fraction=last.get("active_fraction"),
         peak_bytes=peak,
     )
+
+
+def check_reach(lora: LoraSettings, terms: Sequence[LossTerm]) -> None:
+    """Raise ValueError where every adapted layer is above the layer that a term penalises."""
+    for term in terms:
+        if lora.layers is not None and isinstance(term.site, int) and min(lora.layers) > term.site:
+            raise ValueError(
+                f"lora.layers: the lowest is {min(lora.layers)}, above the penalised layer {term.site}, so the penalty "
+                "could change nothing"
+            )
 
 
 @contextmanager
@@ -233,16 +257,23 @@ def _watch(progress):
     class Watch(TrainerCallback):
         def __init__(self):
             self.times = [time.perf_counter()]
+            self.paused = 0.0
 
         def on_train_begin(self, args, state, control, **kwargs):
             self.times = [time.perf_counter()]
 
         def on_step_end(self, args, state, control, **kwargs):
-            self.times.append(time.perf_counter())
+            self.times.append(time.perf_counter() - self.paused)
             if progress is not None:
                 progress(state.global_step, state.max_steps)
             if state.global_step >= state.max_steps:
                 control.should_log = True
+
+        def on_epoch_end(self, args, state, control, model=None, **kwargs):
+            if isinstance(progress, EpochWatch):
+                start = time.perf_counter()
+                progress.epoch_done(round(state.epoch, 6), model)
+                self.paused += time.perf_counter() - start
 
         def seconds_per_step(self) -> float:
             start, *steps = self.times

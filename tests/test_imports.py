@@ -18,7 +18,10 @@ LAYERS = [
     {"ops"},
     {"sae"},
     {"cache", "quantized"},
-    {"chat", "blocking", "lora", "train", "generation", "organism", "judges", "config", "inputs", "discovery"},
+    {
+        "chat", "blocking", "lora", "train", "generation", "organism", "judges", "config", "inputs", "discovery",
+        "sweep_settings", "variants",
+    },
     {"sweep", "report", "monitor"},
     {"doctor", "demo", "terminal"},
     {"cli"},

@@ -447,7 +447,7 @@ def test_a_trial_that_diverges_is_named_and_the_others_stay(copied, monkeypatch)
     real = trial.fine_tune
 
     def diverge(*args, penalty, **kwargs):
-        if penalty is not None and penalty.weight == 100:
+        if penalty is not None and penalty[0].weight == 100:
             raise FloatingPointError("sft_loss is nan")
         return real(*args, penalty=penalty, **kwargs)
 

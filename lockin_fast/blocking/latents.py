@@ -75,6 +75,40 @@ class LatentSet:
             order = sorted(range(len(self)), key=lambda i: (i, 0) if i < count else (i - count, 1))
         return self._subset(sorted(order[:k]))
 
+    def only(self, side: str) -> "LatentSet":
+        """The "positive" or the "negative" latents alone (K+ or K-). Raises ValueError where there are none."""
+        if side not in ("positive", "negative"):
+            raise ValueError(f"side: got {side!r}, expected positive or negative")
+        count = len(self.positive)
+        order = list(range(count)) if side == "positive" else list(range(count, len(self)))
+        if not order:
+            raise ValueError(f"side: the set has no {side} latents")
+        return self._subset(order)
+
+    def shuffled(self, seed: int) -> "LatentSet":
+        """The same latents with their signs dealt out anew, as many of each as before, but not the same.
+
+        Raises ValueError where all signs are equal, so that dealing them out changes nothing.
+        """
+        if not self.positive or not self.negative:
+            raise ValueError("shuffled: all latents of the set have one sign, so that shuffling signs changes nothing")
+        indices, generator = (*self.positive, *self.negative), torch.Generator().manual_seed(seed)
+        while True:
+            order = torch.randperm(len(self), generator=generator).tolist()
+            dealt = {indices[i] for i in order[: len(self.positive)]}
+            if dealt != set(self.positive):
+                break
+        ranked = sorted(range(len(self)), key=lambda i: (indices[i] not in dealt, i))
+        return LatentSet(
+            [indices[i] for i in ranked[: len(dealt)]],
+            [indices[i] for i in ranked[len(dealt) :]],
+            name=self.name,
+            layer=self.layer,
+            sae=self.sae,
+            scores=None if self.scores is None else [self.scores[i] for i in ranked],
+            metadata=self.metadata,
+        )
+
     def union(self, other: "LatentSet") -> "LatentSet":
         """Both sets, this one first. Scores are kept when both have them. Raises ValueError where signs disagree."""
         positive = (*self.positive, *(i for i in other.positive if i not in set(self.positive)))

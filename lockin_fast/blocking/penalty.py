@@ -126,12 +126,17 @@ class BlockPenalty:
         total, tokens, active = self(h, **against, mask=token_mask(self.tokens, labels, kwargs, h))
         return Measured(total, active, tokens * len(self.latents))
 
-    def check_model(self, model: nn.Module) -> None:
-        """Raise ValueError unless this penalty fits the model: layer, width, and adapters for a live reference."""
+    def check_shape(self, model: nn.Module) -> None:
+        """Raise ValueError unless the model has the layer, and hidden states as wide as the SAE reads."""
         decoder_layer(model, self.layer)
         width = self._master.weight.shape[1]
         if hidden_size(model) != width:
             raise ValueError(f"sae: reads hidden states of width {width}, the model's are {hidden_size(model)} wide")
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise ValueError unless this penalty fits the model: layer, width, and adapters for a live reference."""
+        self.check_shape(model)
+        width = self._master.weight.shape[1]
         if self.reference == "live":
             check_live_reference(unwrap(model))
         elif self.cached is None:

@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
-from lockin_fast.config import Config, RaySettings
+from lockin_fast.config import Config
 from lockin_fast.inputs import Exam, Inputs, open_exam, open_inputs
 from lockin_fast.progress import Progress
 from lockin_fast.provenance import kernels
 from lockin_fast.rundir import RunError
 from lockin_fast.sweep.engines import Batch, run_batch
+from lockin_fast.sweep_settings import RaySettings
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray starts a cluster: nothing is sent anywhere
 try:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from lockin_fast.config import Config, ConfigError
-from lockin_fast.discovery.run import SETS
 from lockin_fast.inputs import adapter_bytes, check_files, check_inputs, input_hashes, open_exam, open_inputs
 from lockin_fast.progress import Progress, silent
 from lockin_fast.provenance import versions
@@ -15,29 +14,30 @@ from lockin_fast.rundir import (
     check_claim,
     check_place,
     claim,
+    hash_files,
     read_json_lines,
     write_json,
     write_json_lines,
     write_text,
 )
 from lockin_fast.sweep.engines import batches, in_process
+from lockin_fast.sweep.methods import check_setups
+from lockin_fast.sweep.plan import Trial, latent_files, method_files, plan
 from lockin_fast.sweep.summary import summarise
-from lockin_fast.sweep.trial import Trial
 
 EXAMS = ("final", "in_domain")  # the prompts every trial answers, by their names in the data section
-SECTIONS = ("quantization", "lora", "train", "block", "sweep", "generation", "judge")
-MAY_GROW = ("sweep.lambdas", "sweep.seeds")
+SECTIONS = ("quantization", "lora", "train", "block", "sweep", "baselines", "generation", "judge")
+MAY_GROW = (
+    "sweep.lambdas",
+    "sweep.seeds",
+    "sweep.sizes",
+    "sweep.sides",
+    "baselines.kl",
+    "baselines.ablation",
+    "baselines.frozen_above",
+)
 BYTES_PER_REPLY = 4096
 SLACK_BYTES = 2**21  # summary, figures and report
-
-
-def plan(config: Config) -> list[Trial]:
-    """The trials in the order they run: the base model, the unblocked baseline of each seed, then every setting."""
-    sweep = config.sweep
-    blocked = [
-        Trial(name, weight, seed) for name in latent_files(config) for weight in sweep.lambdas for seed in sweep.seeds
-    ]
-    return [Trial(None, None, None), *(Trial(None, 0.0, seed) for seed in sweep.seeds), *blocked]
 
 
 def run_sweep(config: Config, progress: Progress = silent) -> dict[str, Any]:
@@ -49,24 +49,28 @@ def run_sweep(config: Config, progress: Progress = silent) -> dict[str, Any]:
     """
     config.require("output")
     latents = latent_files(config)
-    if not latents:
+    if not latents and not config.sweep.layers:
         raise ConfigError(
             "sweep.latents: no latent set to block; run discover first, or name files: {causal: latents/causal.json}"
         )
     if not config.sweep.lambdas:
         raise ConfigError("sweep.lambdas: no lambda to try; give a list such as [1, 10, 100]")
     named = [key for key in ("sweep.latents", "block.latents") if config.is_set(key)][:1]
-    check_files(config, "model", "sae", "data.train", "data.final", "data.in_domain", *named)
+    sae = ("sae",) if latents else ()
+    check_files(config, "model", *sae, "data.train", "data.final", "data.in_domain", *named)
+    more = method_files(config, latents)
+    trials = plan(config)
     on_ray = _ray_engine() if config.sweep.engine == "ray" else None
     run = config.output
     check_place(run, SLACK_BYTES)
-    entry = {"config": config.identity(*SECTIONS), "inputs": input_hashes(config, latents)}
+    hashes = input_hashes(config, latents) | {name: hash_files(path) for name, path in more.items()}
+    entry = {"config": config.identity(*SECTIONS), "inputs": hashes}
     manifest = check_claim(run, "sweep", entry, may_grow=MAY_GROW)
     if not named:
         _check_discovered(run, manifest.get("discover", {}).get("inputs", {}), entry["inputs"])
     exam = open_exam(config, *EXAMS)
     inputs = (check_inputs if on_ray else open_inputs)(config, latents)
-    trials = plan(config)
+    check_setups(trials, inputs)
     missing = batches(trials, run / "trials")
     replies = sum(map(len, exam.prompts.values()))
     folders = sum(len(batch.folders) for batch in missing)
@@ -95,18 +99,6 @@ def write_config(config: Config, run: Path) -> None:
     write_text(run / "config.yaml", yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True))
 
 
-def latent_files(config: Config) -> dict[str, Path]:
-    """The latent sets to compare: those named in the configuration, else what discovery left in output/latents."""
-    if config.sweep.latents:
-        return dict(config.sweep.latents)
-    if config.block.latents is not None:
-        return {config.block.latents.stem: config.block.latents}
-    found = {path.stem: path for path in sorted(config.output.glob("latents/*.json"))}
-    return {
-        name: found[name] for name in sorted(found, key=lambda n: (SETS.index(n) if n in SETS else len(SETS), n))
-    }
-
-
 def _check_discovered(run: Path, discovered: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
     """Raise RunError unless the sets in `run`/latents were discovered on the model and the SAE of the sweep."""
     for name in ("model", "sae"):
@@ -127,8 +119,9 @@ def _finish(run: Path, trials: list[Trial], data: dict[str, int]) -> dict[str, A
         rows.append(json.loads((folder / "result.json").read_text(encoding="utf-8")))
         history = folder / "metrics.jsonl"
         metrics += [{"trial": trial.name} | row for row in (read_json_lines(history) if history.exists() else [])]
-    baselines = sum(trial.weight == 0 for trial in trials)
-    summary = summarise(rows[0], rows[1 : 1 + baselines], rows[1 + baselines :]) | {"data": data}
+    by_kind = {kind: [row for row in rows if row["method"] == kind] for kind in ("base", "unblocked")}
+    others = [row for row in rows if row["method"] not in by_kind]
+    summary = summarise(*by_kind["base"], by_kind["unblocked"], others) | {"data": data}
     write_json_lines(run / "metrics.jsonl", metrics)
     write_json(run / "summary.json", summary)
     return summary

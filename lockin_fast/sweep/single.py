@@ -17,6 +17,7 @@ from lockin_fast.rundir import (
     write_json,
     write_json_lines,
 )
+from lockin_fast.sweep.methods import Setup
 from lockin_fast.sweep.run import SLACK_BYTES, write_config
 from lockin_fast.sweep.trial import train_into
 
@@ -57,7 +58,7 @@ def run_training(config: Config, progress: Progress = silent) -> dict[str, Any]:
             row = {"adapter": str(run / "adapter"), "lambda": weight} | train_into(
                 partial,
                 inputs,
-                inputs.penalty("block", weight) if blocked else None,
+                Setup(config.lora, (inputs.penalty("block", weight),) if blocked else ()),
                 config.train.seed,
                 lambda step, total: progress("training", step, total),
             )

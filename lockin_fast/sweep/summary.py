@@ -20,34 +20,56 @@ def summarise(base: Row, baseline: Sequence[Row], trials: Sequence[Row]) -> dict
     answered incoherently, `in_domain` the share of held-out prompts of the trained domain answered as it was trained.
     "means" averages over seeds, with sample standard deviations (null with one seed). "best" is the setting of lowest
     mean `em` among those whose `in_domain` is at most two points below the baseline's and whose `incoherence` at most
-    two points above it, null if there is none; "best_per_set" holds the same for each latent set, falling back to
-    the lowest `em` with "within_limits" false.
+    two points above it, null if there is none; "best_per_set" holds the same for each latent set, "best_per_method" for
+    each competing method (and its directions), falling back to the lowest `em` with "within_limits" false. A row's
+    "method" is block, kl, steering, ablation or frozen_above; what is best without a word about methods is blocked.
     """
     unblocked = _mean(baseline)
-    groups: dict[tuple[str, float], list[Row]] = {}
+    groups: dict[tuple, list[Row]] = {}
     for row in trials:
-        groups.setdefault((row["latents"], row["lambda"]), []).append(row)
+        groups.setdefault((*_family(row), row["lambda"]), []).append(row)
     means = [_compared(_mean(rows), unblocked) for rows in groups.values()]
-    per_set = {}
-    for name in dict.fromkeys(row["latents"] for row in means):
-        of_set = [row for row in means if row["latents"] == name]
-        per_set[name] = _best(of_set) or min(of_set, key=_preference)
+    best = {}
+    for family in dict.fromkeys(map(_family, means)):
+        members = [row for row in means if _family(row) == family]
+        best[family] = _best(members) or min(members, key=_preference)
+    blocked = [row for row in means if is_blocked(row)]
     return {
         "base": dict(base),
         "baseline": unblocked | {"trials": [dict(row) for row in baseline]},
         "trials": [dict(row) for row in trials],
         "means": means,
-        "best": _best(means),
-        "best_per_set": per_set,
+        "best": _best(blocked),
+        "best_per_set": {row["latents"]: row for row in best.values() if is_blocked(row)},
+        "best_per_method": {method_name(row): row for row in best.values() if not is_blocked(row)},
         "limits": {"in_domain_drop": MAX_IN_DOMAIN_DROP, "incoherence_rise": MAX_INCOHERENCE_RISE},
     }
+
+
+def is_blocked(row: Row) -> bool:
+    """Whether the row is of a latent set that is blocked, everywhere below and above; others are competing methods."""
+    return row.get("method", "block") == "block"
+
+
+def method_name(row: Row) -> str:
+    """The competing method with what it acts on: kl, "steering shift", "frozen above, causal"."""
+    what = row.get("directions") or row["latents"]
+    name = row["method"].replace("_", " ")
+    return f"{name} {what}" if what else name
+
+
+def _family(row: Row) -> tuple:
+    """What rows of one line of a figure have in common: all but lambda and seed."""
+    return row.get("method", "block"), row["latents"], row.get("directions")
 
 
 def _mean(rows: Sequence[Row]) -> dict[str, Any]:
     """One row for several seeds of the same setting."""
     mean = {
         "lambda": rows[0]["lambda"],
+        "method": rows[0].get("method", "block"),
         "latents": rows[0]["latents"],
+        "directions": rows[0].get("directions"),
         "latent_count": rows[0]["latent_count"],
         "seeds": [row["seed"] for row in rows],
     }

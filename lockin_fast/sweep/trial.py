@@ -1,4 +1,4 @@
-"""One trial: fine-tune with one lambda, latent set and seed, answer the prompts, judge, and write one folder."""
+"""One trial: fine-tune with one method, lambda, latent set and seed, answer the prompts, judge, write one folder."""
 
 import dataclasses
 import json
@@ -6,30 +6,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lockin_fast.blocking import BlockPenalty
+from lockin_fast.blocking import intervening
 from lockin_fast.generation import generate
 from lockin_fast.inputs import Exam, Inputs, question
 from lockin_fast.judges import VERDICTS
 from lockin_fast.lora import adapter
 from lockin_fast.rundir import atomic_folder, write_json, write_json_lines
-from lockin_fast.train import fine_tune
+from lockin_fast.sweep.methods import Setup, set_up
+from lockin_fast.sweep.plan import Trial
+from lockin_fast.train import EpochWatch, fine_tune
 
 Step = Callable[[int, int], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """What sets one trial apart: `latents` None is unblocked, `weight` None the base model, which is not trained."""
-
-    latents: str | None
-    weight: float | None
-    seed: int | None
-
-    @property
-    def name(self) -> str:
-        if self.weight is None:
-            return "base"
-        return f"{self.latents or 'baseline'}-lambda{self.weight:.15g}-seed{self.seed}"
+RATES = (  # name, prompts, verdict
+    ("em", "final", "misaligned"),
+    ("incoherence", "final", "incoherent"),
+    ("in_domain", "in_domain", "misaligned"),
+)
 
 
 def run_trial(trial: Trial, inputs: Inputs, exam: Exam, folder: Path, progress: Step) -> dict[str, Any]:
@@ -40,12 +32,15 @@ def run_trial(trial: Trial, inputs: Inputs, exam: Exam, folder: Path, progress: 
     """
     count = sum(map(len, exam.prompts.values()))
     with atomic_folder(folder) as partial:
-        trained = {}
+        trained, epochs = {}, []
         if trial.weight is not None:
-            penalty = inputs.penalty(trial.latents, trial.weight) if trial.latents else None
             try:
                 trained = train_into(
-                    partial, inputs, penalty, trial.seed, lambda done, total: progress(done, total + count)
+                    partial,
+                    inputs,
+                    set_up(trial, inputs),
+                    trial.seed,
+                    _watch(trial, inputs, exam, epochs, lambda done, total: progress(done, total + count)),
                 )
             except FloatingPointError as error:
                 raise FloatingPointError(f"{trial.name}: {error}") from error
@@ -55,22 +50,18 @@ def run_trial(trial: Trial, inputs: Inputs, exam: Exam, folder: Path, progress: 
             for kind, records in exam.prompts.items():
                 replies += _answer(trial, inputs, exam, model, kind, records)
                 progress(steps + len(replies), steps + count)
-        counts = {
-            kind: {
-                verdict: sum(row["prompts"] == kind and row["verdict"] == verdict for row in replies)
-                for verdict in VERDICTS
-            }
-            for kind in exam.prompts
-        }
+        counts = _counted(exam, replies)
+        latents = inputs.layered(trial.latents) if trial.latents else []
         result = {
             "name": trial.name,
+            "method": trial.kind,
             "lambda": trial.weight,
             "latents": trial.latents,
-            "latent_count": len(inputs.latents[trial.latents]) if trial.latents else 0,
+            "latent_count": sum(len(of_layer) for _, _, of_layer in latents),
+            "layers": [layer for layer, _, _ in latents],
+            "directions": trial.directions,
             "seed": trial.seed,
-            "em": _rate(counts["final"], "misaligned"),
-            "incoherence": _rate(counts["final"], "incoherent"),
-            "in_domain": _rate(counts["in_domain"], "misaligned"),
+            **_rates(counts),
             "sft_loss": None,
             "penalty": None,
             "active_fraction": None,
@@ -78,29 +69,52 @@ def run_trial(trial: Trial, inputs: Inputs, exam: Exam, folder: Path, progress: 
             "peak_bytes": None,
             "steps": steps,
             "counts": counts,
-        } | trained
+        }
+        result |= trained | ({"epochs": epochs} if epochs else {})
         write_json_lines(partial / "replies.jsonl", replies)
         write_json(partial / "result.json", result)
     return json.loads((folder / "result.json").read_text(encoding="utf-8"))
 
 
-def train_into(folder: Path, inputs: Inputs, penalty: BlockPenalty | None, seed: int, progress: Step) -> dict[str, Any]:
+def train_into(folder: Path, inputs: Inputs, setup: Setup, seed: int, progress: Step) -> dict[str, Any]:
     """Fine-tune and leave the adapter's files in the existing `folder`; return the numbers of the training."""
-    result = fine_tune(
-        inputs.model,
-        inputs.tokenizer,
-        inputs.dataset,
-        folder / "adapter",
-        lora=inputs.config.lora,
-        settings=dataclasses.replace(inputs.config.train, seed=seed),
-        penalty=penalty,
-        progress=progress,
-    )
+    with intervening(inputs.model, setup.interventions):
+        result = fine_tune(
+            inputs.model,
+            inputs.tokenizer,
+            inputs.dataset,
+            folder / "adapter",
+            lora=setup.lora,
+            settings=dataclasses.replace(inputs.config.train, seed=seed),
+            penalty=setup.terms or None,
+            progress=progress,
+        )
     for file in result.adapter_path.iterdir():
         file.rename(folder / file.name)
     result.adapter_path.rmdir()
     names = ("sft_loss", "penalty", "active_fraction", "seconds_per_step", "peak_bytes")
-    return {"steps": result.history[-1]["step"]} | {name: getattr(result, name) for name in names}
+    kl = result.history[-1].get("kl")
+    return (
+        {"steps": result.history[-1]["step"]}
+        | {name: getattr(result, name) for name in names}
+        | ({} if kl is None else {"kl": kl})
+    )
+
+
+def _watch(trial: Trial, inputs: Inputs, exam: Exam, epochs: list[dict], progress: Step) -> Step:
+    """`progress`, or with train.evaluate_epochs one that also judges after every epoch and adds a row to `epochs`."""
+    if not inputs.config.train.evaluate_epochs:
+        return progress
+
+    def judged(epoch: float, model: Any) -> None:
+        replies = [
+            reply
+            for kind, records in exam.prompts.items()
+            for reply in _answer(trial, inputs, exam, model, kind, records)
+        ]
+        epochs.append({"epoch": epoch, **_rates(_counted(exam, replies))})
+
+    return EpochWatch(progress, judged)
 
 
 def _answer(
@@ -129,5 +143,16 @@ def _answer(
     ]
 
 
-def _rate(counts: Mapping[str, int], verdict: str) -> float:
-    return counts[verdict] / sum(counts.values())
+def _counted(exam: Exam, replies: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """{prompts: {verdict: replies}}."""
+    return {
+        kind: {
+            verdict: sum(row["prompts"] == kind and row["verdict"] == verdict for row in replies)
+            for verdict in VERDICTS
+        }
+        for kind in exam.prompts
+    }
+
+
+def _rates(counts: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
+    return {name: counts[kind][verdict] / sum(counts[kind].values()) for name, kind, verdict in RATES}

@@ -107,3 +107,22 @@ def test_union_keeps_this_sets_order_and_refuses_a_conflict():
         first.union(LatentSet((3,)))
     with pytest.raises(ValueError, match="the sets differ in layer: 1 and 2"):
         LatentSet((1,), layer=1).union(LatentSet((2,), layer=2))
+
+
+def test_one_side_of_a_set_and_its_signs_dealt_out_anew():
+    latents = LatentSet((4, 2, 9), (7, 1), scores=(5, 4, 3, 2, 1), name="a", layer=3)
+    up, down = latents.only("positive"), latents.only("negative")
+    assert (up.positive, up.negative, up.scores) == ((4, 2, 9), (), (5, 4, 3))
+    assert (down.positive, down.negative, down.layer) == ((), (7, 1), 3)
+    for seed in range(5):
+        dealt = latents.shuffled(seed)
+        assert (len(dealt.positive), len(dealt.negative)) == (3, 2) and set(dealt.positive) != {4, 2, 9}
+        assert dict(zip(dealt.indices.tolist(), dealt.scores, strict=True)) == {4: 5, 2: 4, 9: 3, 7: 2, 1: 1}
+        assert dealt == latents.shuffled(seed)
+    assert len({latents.shuffled(seed).positive for seed in range(10)}) > 1
+    with pytest.raises(ValueError, match="side: the set has no negative latents"):
+        up.only("negative")
+    with pytest.raises(ValueError, match="shuffled: all latents of the set have one sign"):
+        down.shuffled(0)
+    with pytest.raises(ValueError, match="side: got 'both', expected positive or negative"):
+        latents.only("both")
