@@ -42,6 +42,7 @@ _EXPORTS = {
     "intervening": "lockin_fast.blocking",
     "LatentBlockMixin": "lockin_fast.blocking",
     "attach": "lockin_fast.blocking",
+    "GradientInjection": "lockin_fast.blocking",
 }
 
 __all__ = list(_EXPORTS)

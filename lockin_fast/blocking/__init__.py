@@ -14,6 +14,7 @@ _EXPORTS = {
     "LatentBlockMixin": "mixin",
     "PreventativeSteering": "interventions",
     "attach": "mixin",
+    "GradientInjection": "inject",
     "intervening": "interventions",
 }
 

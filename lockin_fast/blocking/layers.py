@@ -136,3 +136,8 @@ def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP, the first or the second, manages any of the model: every forward then has to run to its end."""
     classes = {cls for module in model.modules() for cls in type(module).__mro__}
     return any(cls.__name__.startswith(("FSDP", "FullySharded")) for cls in classes)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile makes graphs of the model or of modules in it."""
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())

@@ -9,7 +9,7 @@ from lockin_fast.blocking.fingerprint import check_cache
 from lockin_fast.blocking.layers import captured_forward, site_module, unwrap
 from lockin_fast.blocking.meter import LossMeter
 from lockin_fast.blocking.reference import Reference
-from lockin_fast.blocking.terms import LossTerm
+from lockin_fast.blocking.terms import LossTerm, checked_hidden, checked_terms
 from lockin_fast.blocking.tokens import IGNORED, check_supervised
 from lockin_fast.cache import TokenStore
 from lockin_fast.cache.collate import ReferenceCollator, take_references
@@ -111,7 +111,7 @@ class LatentBlockMixin:
         self._bound_model = model
 
     def _add_terms(self, sft_loss: Tensor, seen, brought, labels, num_items_in_batch) -> Tensor:
-        self._check_capture(seen)
+        hidden_at = [checked_hidden(seen, self._sites[term.site], term, self.model) for term in self.loss_terms]
         if len(brought) != len(self._cached_terms):
             raise RuntimeError(
                 "the batch brings no reference from the cache: it was not made by this trainer's get_train_dataloader()"
@@ -123,8 +123,7 @@ class LatentBlockMixin:
             }
         scale = self._penalty_scale(labels, num_items_in_batch)
         loss, values, active, pairs = sft_loss, {}, 0, 0
-        for term in self.loss_terms:
-            hidden = seen.hidden[self._sites[term.site]]
+        for term, hidden in zip(self.loss_terms, hidden_at, strict=True):
             if term in brought:
                 h_ref = {name: tensor.to(hidden.device) for name, tensor in brought[term].items()}
             else:
@@ -137,22 +136,6 @@ class LatentBlockMixin:
             active, pairs = active + measured.active, pairs + measured.pairs
         self._record(sft_loss, num_items_in_batch, values, active, pairs)
         return loss
-
-    def _check_capture(self, seen) -> None:
-        for term in self.loss_terms:
-            hidden = seen.hidden.get(self._sites[term.site])
-            where = term.site if isinstance(term.site, str) else f"layer {term.site}"
-            if hidden is None or seen.kwargs is None:
-                raise RuntimeError(
-                    f"{where} of {type(unwrap(self.model)).__name__} was not seen in the trainer's forward; a "
-                    "compiled model hides it: train without torch_compile"
-                )
-            if term.weight and not hidden.requires_grad:
-                raise RuntimeError(
-                    f"the output of {where} takes no gradient, so the penalty could change nothing: no parameter at "
-                    "or below that layer is trained, or reentrant activation checkpointing cuts it off (pass "
-                    'gradient_checkpointing_kwargs={"use_reentrant": False})'
-                )
 
     def _scaled_for_accumulation(self, num_items_in_batch) -> bool:
         """Whether the trainer divides its loss by the count of the whole accumulated batch."""
@@ -213,23 +196,3 @@ def attach(trainer, penalty: LossTerm | Sequence[LossTerm]):
         trainer.__class__ = cls
         raise
     return trainer
-
-
-def checked_terms(penalty: LossTerm | Sequence[LossTerm] | None) -> tuple[LossTerm, ...]:
-    """The loss terms as a tuple, empty for None.
-
-    Raises TypeError for what is no loss term, ValueError where terms that share a column of the log differ in weight.
-    """
-    if penalty is None:
-        return ()
-    terms = tuple(penalty) if isinstance(penalty, (list, tuple)) else (penalty,)
-    weights = {}
-    for term in terms:
-        if not isinstance(term, LossTerm):
-            raise TypeError(f"penalty: got {type(term).__name__}, expected a BlockPenalty, a KLPenalty or several")
-        if weights.setdefault(term.column, term.weight) != term.weight:
-            raise ValueError(
-                f"penalty: the terms that log {term.column} have the weights {weights[term.column]:g} and "
-                f"{term.weight:g}; give them one lambda"
-            )
-    return terms

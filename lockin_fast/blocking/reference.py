@@ -1,12 +1,13 @@
 """The live reference: the base model's hidden states for the batch at hand, at the cost of the layers they need."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from lockin_fast.blocking.layers import Site, is_sharded, residual_stream, site_module, text_config, unwrap
+from lockin_fast.blocking.layers import Site, is_compiled, is_sharded, residual_stream, site_module, text_config, unwrap
 from lockin_fast.quantized import is_quantized
 
 _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch")
@@ -60,6 +61,7 @@ class Reference:
         # A quantised layer drops nothing, and multiplies otherwise in eval mode than in training on some devices, where
         # the reference would no longer be the model in training without its adapters.
         self._modules = [module for module in self._model.modules() if not is_quantized(module)]
+        self._unlike_compiled = is_compiled(model)
         # FSDP's collectives must not be cut short.
         self._runs_on = is_sharded(self._model)
         self._overrides = {"use_cache": False} if hasattr(text_config(model), "use_cache") else {}
@@ -96,6 +98,14 @@ class Reference:
         finally:
             for handle in handles:
                 handle.remove()
+        if self._unlike_compiled and _rounds_to_16_bits(next(iter(found.values()))):
+            self._unlike_compiled = False  # said once
+            warnings.warn(
+                "reference: the model in training is compiled and rounds its 16-bit values in other places than the "
+                "reference, which is not. The block penalty of a fresh adapter's first step would be 0; what it is, "
+                "times lambda, is spurious loss: give BlockPenalty a margin, or train without torch.compile",
+                stacklevel=2,
+            )
         return found
 
     @contextmanager
@@ -113,3 +123,7 @@ class Reference:
                 module._disable_adapters = False
             for module in training:
                 module.training = True
+
+
+def _rounds_to_16_bits(hidden: Tensor) -> bool:
+    return hidden.element_size() == 2 or torch.is_autocast_enabled(hidden.device.type)

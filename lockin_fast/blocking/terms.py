@@ -1,10 +1,11 @@
 """What the trainer mix-in asks of everything that is added to the loss."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from lockin_fast.blocking.layers import Site
+from lockin_fast.blocking.layers import Captured, Site, unwrap
 from lockin_fast.cache import TokenStore
 
 
@@ -35,3 +36,41 @@ class LossTerm(Protocol):
         A term whose reference is a cache also has `cached`, what it reads of it, and `tokens`, which of a batch's; its
         h_ref is what `cached.take` found.
         """
+
+
+def checked_terms(penalty: LossTerm | Sequence[LossTerm] | None) -> tuple[LossTerm, ...]:
+    """The loss terms as a tuple, empty for None.
+
+    Raises TypeError for what is no loss term, ValueError where terms that share a column of the log differ in weight.
+    """
+    if penalty is None:
+        return ()
+    terms = tuple(penalty) if isinstance(penalty, (list, tuple)) else (penalty,)
+    weights = {}
+    for term in terms:
+        if not isinstance(term, LossTerm):
+            raise TypeError(f"penalty: got {type(term).__name__}, expected a BlockPenalty, a KLPenalty or several")
+        if weights.setdefault(term.column, term.weight) != term.weight:
+            raise ValueError(
+                f"penalty: the terms that log {term.column} have the weights {weights[term.column]:g} and "
+                f"{term.weight:g}; give them one lambda"
+            )
+    return terms
+
+
+def checked_hidden(seen: Captured, module: nn.Module, term: LossTerm, model: nn.Module) -> Tensor:
+    """What the forward showed at the term's site. Raises RuntimeError where it showed nothing, or takes no gradient."""
+    hidden = seen.hidden.get(module)
+    where = term.site if isinstance(term.site, str) else f"layer {term.site}"
+    if hidden is None or seen.kwargs is None:
+        raise RuntimeError(
+            f"{where} of {type(unwrap(model)).__name__} was not seen in the forward: another model ran, or a graph "
+            "that was compiled before the penalty was there (call torch._dynamo.reset() first)"
+        )
+    if term.weight and not hidden.requires_grad:
+        raise RuntimeError(
+            f"the output of {where} takes no gradient, so the penalty could change nothing: no parameter at or below "
+            "that layer is trained, or reentrant activation checkpointing cuts it off (pass "
+            'gradient_checkpointing_kwargs={"use_reentrant": False})'
+        )
+    return hidden
