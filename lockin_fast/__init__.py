@@ -43,6 +43,10 @@ _EXPORTS = {
     "LatentBlockMixin": "lockin_fast.blocking",
     "attach": "lockin_fast.blocking",
     "GradientInjection": "lockin_fast.blocking",
+    "open_cache": "lockin_fast.cache",
+    "CacheSource": "lockin_fast.blocking.write_cache",
+    "write_hidden_states": "lockin_fast.blocking.write_cache",
+    "write_latents": "lockin_fast.blocking.write_cache",
 }
 
 __all__ = list(_EXPORTS)

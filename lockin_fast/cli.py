@@ -81,6 +81,21 @@ def discover(config: ConfigFile, set_: Overrides = None) -> None:
     terminal.line(f"next: lockin-fast sweep {config}")
 
 
+@app.command(epilog="Example: lockin-fast cache config.yaml --set cache.path=caches/base")
+def cache(config: ConfigFile, set_: Overrides = None) -> None:
+    """Run the base model over the training data once and keep what the penalty compares with; resumes after a kill.
+
+    Train and sweep then read it with --set block.reference=cache, and need no reference forward. Under torchrun every
+    process writes a share of the same cache.
+    """
+    from lockin_fast.caching import run_cache
+
+    with terminal.shown_progress() as progress:
+        summary = run_cache(_load(config, set_), progress)
+    terminal.show_cache(summary)
+    terminal.line(f"next: lockin-fast sweep {config} --set block.reference=cache")
+
+
 @app.command(epilog="Example: lockin-fast train config.yaml --set block.weight=1000 --set output=runs/blocked")
 def train(config: ConfigFile, set_: Overrides = None) -> None:
     """Fine-tune one LoRA adapter, with blocking when block.latents and block.weight are given."""

@@ -46,6 +46,8 @@ class BlockSettings:
     """What is penalised, where and how strongly; `layer` is the 0-based index into model.layers.
 
     latents and weight (lambda) are for a single fine-tune, which needs both or neither; weight 0 trains unblocked.
+    reference: live, the model itself with its adapters off, or cache, what `lockin-fast cache` wrote to cache.path.
+    margin: growth of a latent that costs nothing, or noise: four times the error of the cache, latent by latent.
     """
 
     layer: int | None = None
@@ -53,7 +55,27 @@ class BlockSettings:
     weight: float | None = None
     tokens: Literal["supervised", "all"] = "supervised"
     latent_reduction: Literal["sum", "mean"] = "sum"
-    reference: Literal["live"] = "live"
+    reference: Literal["live", "cache"] = "live"
+    margin: float | Literal["noise"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheSettings:
+    """The cache of the reference, written by `lockin-fast cache` for the training data, block.layer and block.tokens.
+
+    path: its folder. kind: latents, exact, 4 bytes a token and latent; or hidden_states, in four bits, for any latents
+    later. latents: the sets whose union is cached, any of which can then be blocked; none names those of block.latents,
+    the sweep, or discovery. batch_size: rows of one forward. shard_tokens: tokens of one file, what a kill can cost.
+    outliers, blocksize: of four bits: channels that are kept as they are, elements that share a scale.
+    """
+
+    path: Path | None = None
+    kind: Literal["latents", "hidden_states"] = "latents"
+    latents: tuple[Path, ...] = ()
+    batch_size: int = 8
+    shard_tokens: int = 65536
+    outliers: int = 8
+    blocksize: int = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +158,7 @@ class Config:
     lora: LoraSettings = LoraSettings()
     train: TrainSettings = TrainSettings()
     block: BlockSettings = BlockSettings()
+    cache: CacheSettings = CacheSettings()
     discovery: DiscoverySettings = DiscoverySettings()
     sweep: SweepSettings = SweepSettings()
     baselines: BaselineSettings = BaselineSettings()
@@ -274,9 +297,10 @@ def _set(values: dict, key: str, value: Any) -> None:
 
 def _check(config: Config) -> None:
     """Ranges that no type states; what needs a model or a file is checked when that is opened."""
-    sweep, generation, weight = config.sweep, config.generation, config.block.weight
+    sweep, generation, weight, margin = config.sweep, config.generation, config.block.weight, config.block.margin
     rules = [
         ("block.layer", config.block.layer, config.block.layer is None or config.block.layer >= 0, "0 or more"),
+        ("block.margin", margin, isinstance(margin, (str, type(None))) or 0 <= margin < float("inf"), "0 or more"),
         ("block.weight", weight, weight is None or 0 <= weight < float("inf"), "0 or more and finite"),
         (
             "sweep.lambdas",

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 
 from lockin_fast.blocking import BlockPenalty, LatentSet
+from lockin_fast.blocking.fingerprint import check_cache
+from lockin_fast.cache import TokenStore, open_cache
+from lockin_fast.cache.collate import check_rows
 from lockin_fast.chat import ChatDataset, read_chat
 from lockin_fast.config import Config, ConfigError
 from lockin_fast.judges import Judge, judge_source, load_judge
@@ -33,6 +36,7 @@ class Inputs:
     dataset: ChatDataset
     sae: SparseAutoencoder | None
     latents: Mapping[str, LatentSet]
+    reference: TokenStore | str = "live"
 
     def latent_set(self, name: str) -> LatentSet:
         """The latent set of this name: one that was opened, or a part or union of those as the sweep names it."""
@@ -41,17 +45,25 @@ class Inputs:
         return variants(self.config.sweep, self.latents)[name].of(self.latents)
 
     def penalty(self, name: str, weight: float) -> BlockPenalty:
-        """The block penalty of latent set `name` at lambda `weight`."""
-        return _penalty(self.config, self.sae, self.latent_set(name), weight)
+        """The block penalty of latent set `name` at lambda `weight`.
+
+        Raises ConfigError where the reference is a cache whose noise is too large for this lambda.
+        """
+        latents = self.latent_set(name)
+        with naming("block.reference"):
+            return _penalty(self.config, self.sae, latents, weight, self.reference)
 
     def penalties(self, name: str, weight: float) -> tuple[BlockPenalty, ...]:
-        """The block penalties of set `name` at lambda `weight`, one for each layer that it blocks."""
+        """The block penalties of set `name` at lambda `weight`, one for each layer that it blocks.
+
+        A cache is of one layer: a set of several layers is compared with the live model.
+        """
         if name not in self.config.sweep.layers:
             return (self.penalty(name, weight),)
-        found = []
+        margin, found = self.config.block.margin, []
         for layer, sae, latents in self.layered(name):
-            block = dataclasses.replace(self.config.block, layer=layer)
-            found.append(_penalty(dataclasses.replace(self.config, block=block), sae, latents, weight))
+            block = dataclasses.replace(self.config.block, layer=layer, margin=None if margin == "noise" else margin)
+            found.append(_penalty(dataclasses.replace(self.config, block=block), sae, latents, weight, "live"))
         return tuple(found)
 
     def layered(self, name: str) -> list[tuple[int, SparseAutoencoder, LatentSet]]:
@@ -113,9 +125,14 @@ def open_inputs(config: Config, latents: Mapping[str, Path]) -> Inputs:
 
     Cheap checks come first, the model is loaded last. Raises ConfigError, one line that names the setting: a folder
     that is no model, a layer out of range, an SAE of another width or with NaN in it, latents out of range or chosen
-    at another layer, data that is empty or has nothing supervised, LoRA modules the model does not have.
+    at another layer, data that is empty or has nothing supervised, LoRA modules the model does not have, a cache of
+    the reference that was written for anything else.
     """
-    return _opened(config, latents, _load_model)
+    inputs = _opened(config, latents, _load_model)
+    if isinstance(inputs.reference, TokenStore):
+        with naming("cache.path"):
+            check_cache(inputs.reference, inputs.model, config.block.layer, "bf16" if config.train.bf16 else "no")
+    return inputs
 
 
 def check_inputs(config: Config, latents: Mapping[str, Path]) -> Inputs:
@@ -125,20 +142,32 @@ def check_inputs(config: Config, latents: Mapping[str, Path]) -> Inputs:
 
 def _opened(config: Config, latents: Mapping[str, Path], load: Callable[[Config], Any]) -> Inputs:
     shape, tokenizer = _shape_and_tokenizer(config)
-    sets, sae = {}, None
+    sets, sae, reference = {}, None, "live"
     if latents:
+        reference = _reference(config)
         for name, path in latents.items():
             with naming(f"latents {name} ({path})"):
                 sets[name] = LatentSet.load(path)
         sae = _sae_rows(config, sets, shape)
         for name, of_set in sets.items():
             with naming(f"latents {name} ({latents[name]})"):
-                _penalty(config, sae, of_set, 1.0)
+                penalty = _penalty(config, sae, of_set, 0.0, reference)
     with naming("data.train"):
         dataset = ChatDataset(config.data.train, tokenizer, max_length=config.train.max_length)
+    if isinstance(reference, TokenStore):
+        with naming("cache.path"):
+            check_rows(penalty.cached, dataset, config.block.tokens)
     model = load(config)
     check_lora(model, config.lora)
-    return Inputs(config, model, tokenizer, dataset, sae, sets)
+    return Inputs(config, model, tokenizer, dataset, sae, sets, reference)
+
+
+def _reference(config: Config) -> TokenStore | str:
+    if config.block.reference == "live":
+        return "live"
+    config.require("cache.path")
+    with naming("cache.path"):
+        return open_cache(config.cache.path)
 
 
 def open_exam(config: Config, *names: str) -> Exam:
@@ -190,16 +219,19 @@ def adapter_bytes(inputs: Inputs) -> int:
     return 4 * count
 
 
-def _penalty(config: Config, sae: SparseAutoencoder, latents: LatentSet, weight: float) -> BlockPenalty:
+def _penalty(
+    config: Config, sae: SparseAutoencoder, latents: LatentSet, weight: float, reference: TokenStore | str
+) -> BlockPenalty:
     block = config.block
     return BlockPenalty(
         sae,
         latents,
         block.layer,
         weight,
-        reference=block.reference,
+        reference=reference,
         tokens=block.tokens,
         latent_reduction=block.latent_reduction,
+        margin=block.margin,
     )
 
 

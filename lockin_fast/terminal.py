@@ -141,6 +141,22 @@ def show_values(values: Mapping[str, Any]) -> None:
         line(f"  {name:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")
 
 
+def show_cache(summary: Mapping[str, Any]) -> None:
+    """What a cache holds, and the noise of each latent set."""
+    show_values({name.replace("_", " "): value for name, value in summary.items() if name != "sets"})
+    if not summary["sets"]:
+        return
+    grid = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("latents", "K", "sigma, median", "largest", "lambda up to"):
+        grid.add_column(heading, justify="left" if heading == "latents" else "right", no_wrap=True)
+    for row in summary["sets"]:
+        numbers = (row["sigma_median"], row["sigma_max"], row["largest_lambda"])
+        grid.add_row(row["latents"], str(row["count"]), *(f"{number:.2g}" for number in numbers))
+    line()
+    (out if out.is_terminal else Console(width=WIDE, highlight=False)).print(grid)
+    line("sigma: error of an active latent; lambda up to: where its noise alone would cost a loss of 0.01")
+
+
 def show_run(run: Path) -> None:
     """Where the report and the figures of a run are."""
     line(f"report:  {run / 'report.html'}")

@@ -16,7 +16,7 @@ import torch
 from lockin_fast import cli, doctor
 from lockin_fast.judges import KINDS
 
-COMMANDS = ("doctor", "organism", "discover", "train", "sweep", "report", "demo")
+COMMANDS = ("doctor", "organism", "cache", "discover", "train", "sweep", "report", "demo")
 
 
 @pytest.fixture(scope="module", autouse=True)

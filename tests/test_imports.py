@@ -23,6 +23,7 @@ LAYERS = [
         "sweep_settings", "variants",
     },
     {"sweep", "report", "monitor"},
+    {"caching"},
     {"doctor", "demo", "terminal"},
     {"cli"},
 ]

@@ -24,7 +24,7 @@ Rows = Sequence[Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Source:
+class CacheSource:
     """Where the hidden states come from: a model, a decoder layer of it, and the documents to run.
 
     model: the base model, or one with PEFT adapters, which are switched off. layer: 0-based index of the decoder layer.
@@ -55,7 +55,7 @@ class Source:
 
 
 def write_latents(
-    path: str | Path, source: Source, sae: SparseAutoencoder, latents: LatentSet | Sequence[int], *,
+    path: str | Path, source: CacheSource, sae: SparseAutoencoder, latents: LatentSet | Sequence[int], *,
     settings: WriteSettings = DEFAULT, progress: Progress = silent,
 ) -> None:  # fmt: skip
     """Write the latents of a base model to the folder `path`: fp32 z = relu(h W^T + b), 4 bytes a token and latent.
@@ -78,7 +78,7 @@ def write_latents(
 
 
 def write_hidden_states(
-    path: str | Path, source: Source, *, outliers: int = 8, blocksize: int = 64,
+    path: str | Path, source: CacheSource, *, outliers: int = 8, blocksize: int = 64,
     settings: WriteSettings = DEFAULT, progress: Progress = silent,
 ) -> None:  # fmt: skip
     """Write the hidden states of a base model to the folder `path` in NF4: about d/2 + d/16 + 2 outliers bytes a token.
@@ -91,7 +91,7 @@ def write_hidden_states(
     _write(path, source, content, settings, progress)
 
 
-def _write(path, source: Source, content: Content, settings: WriteSettings, progress: Progress) -> None:
+def _write(path, source: CacheSource, content: Content, settings: WriteSettings, progress: Progress) -> None:
     plan = make_plan(source.rows, source.tokens, settings.shard_tokens)
     hidden_state = source.hidden_state()
     first = plan.work(0)[-1].input_ids[None, :1]

@@ -62,8 +62,9 @@ def check_setups(trials: list[Trial], inputs: Inputs) -> None:
     Works on a model without weights.
     """
     for latents in dict.fromkeys(trial.latents for trial in trials if trial.latents):
+        largest = max(trial.weight for trial in trials if trial.latents == latents)  # a cache may be too noisy for it
         with naming(f"latents {latents}"):
-            for penalty in inputs.penalties(latents, 1.0):
+            for penalty in inputs.penalties(latents, largest):
                 penalty.check_shape(inputs.model)
     for trial in trials:
         if trial.method == "kl":

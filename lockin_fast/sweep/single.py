@@ -50,6 +50,7 @@ def run_training(config: Config, progress: Progress = silent) -> dict[str, Any]:
     if "train" in manifest and done.exists():
         return json.loads(done.read_text(encoding="utf-8"))
     inputs = open_inputs(config, latents)
+    penalties = (inputs.penalty("block", weight),) if blocked else ()
     check_place(run, SLACK_BYTES + adapter_bytes(inputs))
 
     with claim(run, "train", entry | {"versions": versions()}) as record:
@@ -58,7 +59,7 @@ def run_training(config: Config, progress: Progress = silent) -> dict[str, Any]:
             row = {"adapter": str(run / "adapter"), "lambda": weight} | train_into(
                 partial,
                 inputs,
-                Setup(config.lora, (inputs.penalty("block", weight),) if blocked else ()),
+                Setup(config.lora, penalties),
                 config.train.seed,
                 lambda step, total: progress("training", step, total),
             )

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny_llama as tiny  # noqa: E402
 from cached_training import LAYER, SETTINGS  # noqa: E402
 
-from lockin_fast.blocking.write_cache import Source, write_hidden_states, write_latents  # noqa: E402
+from lockin_fast.blocking.write_cache import CacheSource, write_hidden_states, write_latents  # noqa: E402
 from lockin_fast.chat import ChatDataset  # noqa: E402
 
 
@@ -37,7 +37,7 @@ def caches(tmp_path_factory, rows):
     def folder(kind="latents", dtype=torch.float32):
         if (kind, dtype) not in made:
             path = tmp_path_factory.mktemp("cache") / kind
-            source = Source(tiny.model(dtype=dtype), LAYER, rows, tokens="all")
+            source = CacheSource(tiny.model(dtype=dtype), LAYER, rows, tokens="all")
             if kind == "latents":
                 write_latents(path, source, tiny.sae(), range(tiny.LATENTS), settings=SETTINGS)
             else:

@@ -12,7 +12,7 @@ from cached_training import LAYER, SETTINGS, adapted, trainer
 
 from lockin_fast.blocking import LatentSet
 from lockin_fast.blocking.fingerprint import check_cache, model_key
-from lockin_fast.blocking.write_cache import Source, write_hidden_states, write_latents
+from lockin_fast.blocking.write_cache import CacheSource, write_hidden_states, write_latents
 from lockin_fast.cache import CacheError, open_cache
 from lockin_fast.cache.collate import check_rows
 from lockin_fast.cache.noise import MAX_SPURIOUS_LOSS, NoiseFloor
@@ -64,17 +64,18 @@ def test_a_missing_shard_and_what_is_no_cache(copy, tmp_path):
 def test_a_folder_with_other_files_or_another_cache_is_left_alone(copy, tmp_path, rows):
     before = {path.name for path in copy.iterdir()}
     with pytest.raises(CacheError, match="was written for another layer: there it is 1, here 0; give another folder"):
-        write_latents(copy, Source(tiny.model(), 0, rows, "all"), tiny.sae(), range(tiny.LATENTS), settings=SETTINGS)
+        source = CacheSource(tiny.model(), 0, rows, "all")
+        write_latents(copy, source, tiny.sae(), range(tiny.LATENTS), settings=SETTINGS)
     with pytest.raises(CacheError, match="was written for another kind: there it is 'latents'"):
-        write_hidden_states(copy, Source(tiny.model(), LAYER, rows), blocksize=16, settings=SETTINGS)
+        write_hidden_states(copy, CacheSource(tiny.model(), LAYER, rows), blocksize=16, settings=SETTINGS)
     with pytest.raises(CacheError, match="another text .the text, its tokenizer, chat template or max_length differs"):
-        source = Source(tiny.model(), LAYER, list(rows)[:5], "all")
+        source = CacheSource(tiny.model(), LAYER, list(rows)[:5], "all")
         write_latents(copy, source, tiny.sae(), range(tiny.LATENTS), settings=SETTINGS)
     assert {path.name for path in copy.iterdir()} == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(CacheError, match="already holds thesis.tex and is no cache"):
-        write_latents(tmp_path / "mine", Source(tiny.model(), LAYER, rows), tiny.sae(), [1])
+        write_latents(tmp_path / "mine", CacheSource(tiny.model(), LAYER, rows), tiny.sae(), [1])
 
 
 def test_another_model_is_named_before_training(tmp_path, caches, rows):
@@ -115,7 +116,7 @@ def test_another_layer_latent_sae_or_kind_of_tokens(caches, tmp_path, rows):
     with pytest.raises(CacheError, match=r"another sae.40 \(the SAE differs\)"):
         tiny.BlockPenalty(changed, tiny.LATENT_SET, LAYER, 1.0, reference=cache)
     tiny.BlockPenalty(changed, LatentSet((3, 17)), LAYER, 1.0, reference=cache)  # it reads none of what differs
-    write_latents(tmp_path / "pool", Source(tiny.model(), LAYER, rows), tiny.sae(), [3, 17], settings=SETTINGS)
+    write_latents(tmp_path / "pool", CacheSource(tiny.model(), LAYER, rows), tiny.sae(), [3, 17], settings=SETTINGS)
     pool = open_cache(tmp_path / "pool")
     with pytest.raises(CacheError, match="holds 2 latents, not latent 40; add its set to cache.latents"):
         tiny.penalty(reference=pool)

@@ -7,7 +7,7 @@ from cached_training import adapted, adapter, history, trainer
 from transformers import Trainer
 
 from lockin_fast.blocking import attach
-from lockin_fast.blocking.write_cache import Source, WriteSettings, write_hidden_states, write_latents
+from lockin_fast.blocking.write_cache import CacheSource, WriteSettings, write_hidden_states, write_latents
 from lockin_fast.cache import open_cache
 from lockin_fast.cache.collate import ReferenceCollator, take_references
 from lockin_fast.chat import PaddingCollator
@@ -71,7 +71,7 @@ def test_the_packed_batch_is_one_row_without_leaks(rows):
 @pytest.mark.parametrize("options", [{"tokens": "all"}, {"gate": "sae"}], ids=str)
 def test_options_of_the_penalty_read_the_same_cache(tmp_path, rows, options):
     sae = tiny.sae(threshold="gate" in options)
-    write_latents(tmp_path / "cache", Source(tiny.model(), LAYER, rows, tokens="all"), sae, range(tiny.LATENTS))
+    write_latents(tmp_path / "cache", CacheSource(tiny.model(), LAYER, rows, tokens="all"), sae, range(tiny.LATENTS))
     cache, results = open_cache(tmp_path / "cache"), []
     for reference in ("live", cache):
         penalty = tiny.BlockPenalty(sae, tiny.LATENT_SET, LAYER, 500.0, reference=reference, **options)
@@ -92,7 +92,7 @@ def test_worker_processes_look_up_too_and_attach_does_the_same(tmp_path, caches,
 
 
 def test_several_layers_read_a_cache_each_or_the_live_model(tmp_path, caches, rows):
-    write_latents(tmp_path / "upper", Source(tiny.model(), 2, rows), tiny.sae(), range(tiny.LATENTS))
+    write_latents(tmp_path / "upper", CacheSource(tiny.model(), 2, rows), tiny.sae(), range(tiny.LATENTS))
     results = []
     for lower, upper in (("live", "live"), (caches(), tmp_path / "upper"), ("live", tmp_path / "upper")):
         terms = [
@@ -143,7 +143,7 @@ def test_in_bf16_the_first_step_stays_below_the_stored_floor(tmp_path, rows, aut
     dtype = torch.float32 if autocast else torch.bfloat16
     options = {"hidden_size": 256, "intermediate_size": 512}
     sae = wide_sae(256)
-    source = Source(tiny.model(dtype=dtype, **options), LAYER, rows, autocast="bf16" if autocast else "no")
+    source = CacheSource(tiny.model(dtype=dtype, **options), LAYER, rows, autocast="bf16" if autocast else "no")
     write_latents(tmp_path / "cache", source, sae, range(tiny.LATENTS), settings=WriteSettings(batch_size=4))
     cache = open_cache(tmp_path / "cache")
     penalty = tiny.BlockPenalty(sae, tiny.LATENT_SET, LAYER, 1.0, reference=cache)
@@ -165,7 +165,7 @@ def wide_sae(width):
 def test_hidden_states_in_four_bits_cost_what_their_noise_says(tmp_path, rows, normalization):
     from dataclasses import replace
 
-    write_hidden_states(tmp_path / "cache", Source(tiny.model(), LAYER, rows), outliers=2, blocksize=16)
+    write_hidden_states(tmp_path / "cache", CacheSource(tiny.model(), LAYER, rows), outliers=2, blocksize=16)
     cache, sae = open_cache(tmp_path / "cache"), replace(tiny.sae(), normalization=normalization)
     weight = 0.1
     penalty = tiny.BlockPenalty(sae, tiny.LATENT_SET, LAYER, weight, reference=cache)

@@ -13,7 +13,7 @@ import torch
 from cached_training import LAYER, SETTINGS
 from peft import LoraConfig, get_peft_model
 
-from lockin_fast.blocking.write_cache import Source, WriteSettings, write_hidden_states, write_latents
+from lockin_fast.blocking.write_cache import CacheSource, WriteSettings, write_hidden_states, write_latents
 from lockin_fast.cache import CacheError, open_cache
 from lockin_fast.cache.keys import token_keys
 from lockin_fast.cache.plan import make_plan
@@ -99,8 +99,8 @@ def test_two_ranks_write_the_cache_of_one(tmp_path, rows):
             with pytest.raises(CacheError, match="is not complete: .* files are missing .*goes on where it stood"):
                 open_cache(tmp_path / "two")
         settings = WriteSettings(batch_size=4, shard_tokens=60, rank=rank, world=2)
-        write_latents(tmp_path / "two", Source(tiny.model(), LAYER, rows), tiny.sae(), [3, 5], settings=settings)
-    write_latents(tmp_path / "one", Source(tiny.model(), LAYER, rows), tiny.sae(), [5, 3], settings=SETTINGS)
+        write_latents(tmp_path / "two", CacheSource(tiny.model(), LAYER, rows), tiny.sae(), [3, 5], settings=settings)
+    write_latents(tmp_path / "one", CacheSource(tiny.model(), LAYER, rows), tiny.sae(), [5, 3], settings=SETTINGS)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert open_cache(tmp_path / "two").latents == [3, 5]
 
@@ -117,14 +117,14 @@ def test_the_rank_is_torchruns(monkeypatch):
 
 def test_adapters_are_off_and_everything_is_put_back(tmp_path, rows):
     model = get_peft_model(tiny.model(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).train()
-    write_latents(tmp_path / "adapted", Source(model, LAYER, rows), tiny.sae(), [3, 5], settings=SETTINGS)
-    write_latents(tmp_path / "base", Source(tiny.model(), LAYER, rows), tiny.sae(), [3, 5], settings=SETTINGS)
+    write_latents(tmp_path / "adapted", CacheSource(model, LAYER, rows), tiny.sae(), [3, 5], settings=SETTINGS)
+    write_latents(tmp_path / "base", CacheSource(tiny.model(), LAYER, rows), tiny.sae(), [3, 5], settings=SETTINGS)
     assert contents(tmp_path / "adapted") == contents(tmp_path / "base")
     assert model.training and not any(module._forward_hooks for module in model.modules())
 
 
 def test_shards_on_disk_are_not_computed_again_and_damaged_ones_are(tmp_path, rows):
-    folder, source = tmp_path / "cache", Source(tiny.model(), LAYER, rows)
+    folder, source = tmp_path / "cache", CacheSource(tiny.model(), LAYER, rows)
     done = []
 
     def progress(stage, tokens, total):
@@ -153,7 +153,7 @@ def test_a_hidden_state_that_is_not_finite_is_named(tmp_path, rows):
     first = next(i for i, row in enumerate(rows) if word in row["input_ids"])
     with pytest.raises(FloatingPointError, match=f"hidden state of row {first} of the dataset is not finite"):
         settings = WriteSettings(batch_size=1)
-        write_latents(tmp_path / "cache", Source(model, LAYER, rows), tiny.sae(), [3], settings=settings)
+        write_latents(tmp_path / "cache", CacheSource(model, LAYER, rows), tiny.sae(), [3], settings=settings)
     assert not list(tmp_path.glob("cache/*.json"))
 
 
@@ -232,10 +232,10 @@ def test_killed_at_many_moments_it_is_the_same_to_the_byte(tmp_path, undisturbed
 def test_hidden_states_of_two_ranks_share_their_outlier_channels(tmp_path, rows):
     for rank in (0, 1):
         settings = WriteSettings(batch_size=4, shard_tokens=60, rank=rank, world=2)
-        source = Source(tiny.model(), LAYER, rows)
+        source = CacheSource(tiny.model(), LAYER, rows)
         write_hidden_states(tmp_path / "two", source, outliers=1, blocksize=32, settings=settings)
     cache = open_cache(tmp_path / "two")
     assert len(cache.manifest["channels"]) == 1 and cache.nbytes < 4 * tiny.WIDTH * len(cache)
     with pytest.raises(ValueError, match="blocksize: got 24 for a width of 32"):
-        write_hidden_states(tmp_path / "bad", Source(tiny.model(), LAYER, rows), blocksize=24)
+        write_hidden_states(tmp_path / "bad", CacheSource(tiny.model(), LAYER, rows), blocksize=24)
     assert not (tmp_path / "bad").exists()
