@@ -24,6 +24,7 @@ PAPER_NAMES = {
 NO_IDENTITY = (  # settings that change memory and speed, not results
     "train.micro_batch_size",
     "train.gradient_checkpointing",
+    "sweep.stack",
     "sweep.engine",
     "sweep.ray.num_cpus",
     "sweep.ray.num_gpus",

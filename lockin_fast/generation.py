@@ -29,32 +29,45 @@ def generate(
     """
     if not prompts:
         return []
+    ids, order = tokenised(tokenizer, prompts)
+    device = model.get_input_embeddings().weight.device
+    config = decoding(model, tokenizer, max_new_tokens, temperature)
+    replies = [""] * len(ids)
+    with generating(model, config, seed):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch, attention = pad_left([ids[i] for i in rows], config.pad_token_id, device)
+            with around(rows):
+                output = model.generate(input_ids=batch, attention_mask=attention, generation_config=config)
+            new = tokenizer.batch_decode(output[:, batch.shape[1] :], skip_special_tokens=True)
+            for i, text in zip(rows, new, strict=True):
+                replies[i] = text.strip()
+    return replies
+
+
+def tokenised(tokenizer: Any, prompts: Sequence[Sequence[Mapping[str, str]]]) -> tuple[list[list[int]], list[int]]:
+    """Token ids of every prompt with the generation prompt, and the order in which they are answered."""
     texts = [tokenizer.apply_chat_template(list(p), tokenize=False, add_generation_prompt=True) for p in prompts]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))  # longest first: memory runs out at once or never
+    return ids, sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))  # memory runs out at once or never
+
+
+@contextmanager
+def generating(model: Any, config: Any, seed: int) -> Iterator[None]:
+    """The model in eval mode, with no decoding defaults but `config`'s, under a random state of its own."""
     device = model.get_input_embeddings().weight.device
-    config = _decoding(model, tokenizer, max_new_tokens, temperature)
-    replies = [""] * len(ids)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _only_config(model, config):
             torch.manual_seed(seed)
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                batch, attention = _pad_left([ids[i] for i in rows], config.pad_token_id, device)
-                with around(rows):
-                    output = model.generate(input_ids=batch, attention_mask=attention, generation_config=config)
-                new = tokenizer.batch_decode(output[:, batch.shape[1] :], skip_special_tokens=True)
-                for i, text in zip(rows, new, strict=True):
-                    replies[i] = text.strip()
+            yield
     finally:
         for module, training in modes.items():
             module.training = training
-    return replies
 
 
-def _decoding(model: Any, tokenizer: Any, max_new_tokens: int, temperature: float) -> Any:
+def decoding(model: Any, tokenizer: Any, max_new_tokens: int, temperature: float) -> Any:
     """A GenerationConfig of our own; of the model's it keeps nothing but the tokens that end a reply."""
     from transformers import GenerationConfig
 
@@ -86,7 +99,8 @@ def _only_config(model: Any, config: Any) -> Iterator[None]:
         base.generation_config = own
 
 
-def _pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input ids and attention mask of rows filled up on the left."""
     length = max(map(len, rows))
     ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=device)
     attention = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)

@@ -66,7 +66,7 @@ def borrowed_with_lora(model: nn.Module, lora: LoraSettings, seed: int) -> Itera
     modes = [(module, module.training) for module in model.modules()]
     grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     use_cache = getattr(model.config, "use_cache", None)
-    checkpointing = _is_checkpointing(model)
+    checkpointing = is_checkpointing(model)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -87,8 +87,8 @@ def borrowed_with_lora(model: nn.Module, lora: LoraSettings, seed: int) -> Itera
         peft_model.unload()
         if hasattr(model, "peft_config"):  # some versions of PEFT leave it behind
             del model.peft_config
-        if _is_checkpointing(model) and not checkpointing:
-            _stop_checkpointing(model)
+        if is_checkpointing(model) and not checkpointing:
+            stop_checkpointing(model)
         if use_cache is not None:
             model.config.use_cache = use_cache
         for parameter, requires_grad in grads:
@@ -98,11 +98,21 @@ def borrowed_with_lora(model: nn.Module, lora: LoraSettings, seed: int) -> Itera
             module.training = training
 
 
-def _is_checkpointing(model: nn.Module) -> bool:
+def start_checkpointing(model: nn.Module) -> None:
+    """Keep no activations inside the decoder layers in training mode, but compute them again in the backward."""
+    for name in ("activation_checkpointing", "gradient_checkpointing"):  # the newer of two names, then the older
+        if enable := getattr(model, f"{name}_enable", None):
+            enable(**{f"{name}_kwargs": {"use_reentrant": False}})  # the other mode cuts hooks of older versions off
+            return
+
+
+def is_checkpointing(model: nn.Module) -> bool:
+    """Whether the model computes activations again in the backward."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
-def _stop_checkpointing(model: nn.Module) -> None:
+def stop_checkpointing(model: nn.Module) -> None:
+    """Undo `start_checkpointing`, or what a trainer did to the same end."""
     # The newer of two names, beside which transformers 6 knows no other, and 5.0 only the older.
     disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
     disable()

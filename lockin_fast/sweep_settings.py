@@ -113,8 +113,9 @@ class SweepSettings:
     sizes: of every set, its so many best latents; null is the whole set. sides: of those, which: `both`, the `positive`
     or the `negative` alone (K+, K-), or both with their signs `shuffled`. unions: {name: sets} that are blocked as one.
     layers: {name: [{layer, sae, latents}, ...]} are sets at other layers than block.layer, or at several at once, under
-    one lambda; sizes and sides are not applied to them. engine: who runs the trials, this process or the tasks of a Ray
-    cluster.
+    one lambda; sizes and sides are not applied to them. stack: how many adapters train together on the one base model;
+    1 trains one after the other; null is as many as have a row in one forward, 16 at most, and on Ray 1. engine: who
+    runs the trials, this process or the tasks of a Ray cluster.
     """
 
     lambdas: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0)
@@ -124,6 +125,7 @@ class SweepSettings:
     sides: tuple[Side, ...] = ("both",)
     unions: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     layers: Mapping[str, tuple[BlockedLayer, ...]] = dataclasses.field(default_factory=dict)
+    stack: int | None = None
     engine: Literal["in-process", "ray"] = "in-process"
     ray: RaySettings = RaySettings()
 
@@ -135,6 +137,8 @@ class SweepSettings:
         ):
             if not valid:
                 raise ValueError(f"sweep.{name}: got {list(getattr(self, name))!r}, expected {expected}")
+        if self.stack is not None and self.stack < 1:
+            raise ValueError(f"sweep.stack: got {self.stack}, expected 1 or more, or null")
         for name, layers in self.layers.items():
             at = [blocked.layer for blocked in layers]
             if not at or min(at) < 0 or not no_value_twice(at):

@@ -145,9 +145,9 @@ def fine_tune(
         _check_space(partial, peft_model)
         watch = _watch(progress)
         trainer = _trainer(peft_model, tokenizer, dataset, partial, settings, penalty, watch)
-        _reset_peak(model.device)
+        reset_peak(model.device)
         trainer.train()
-        peak = _peak_bytes(model.device)
+        peak = peak_bytes(model.device)
         history = [row for row in trainer.state.log_history if "loss" in row]
         save_adapter(peft_model, partial)
         with open(partial / "metrics.jsonl", "w", encoding="utf-8") as file:
@@ -172,6 +172,12 @@ def check_reach(lora: LoraSettings, terms: Sequence[LossTerm]) -> None:
                 f"lora.layers: the lowest is {min(lora.layers)}, above the penalised layer {term.site}, so the penalty "
                 "could change nothing"
             )
+
+
+def padding_id(tokenizer) -> int:
+    """The token that fills rows up to a batch's length; attention and loss leave it out, so any will do."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return pad if pad is not None else 0
 
 
 @contextmanager
@@ -226,12 +232,11 @@ def _trainer(peft_model, tokenizer, dataset, folder, settings, penalty, watch):
         dataloader_pin_memory=peft_model.device.type == "cuda",
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: never DataParallel
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     trainer = BlockTrainer(
         model=peft_model,
         args=arguments,
         train_dataset=dataset,
-        data_collator=PaddingCollator(pad if pad is not None else 0),
+        data_collator=PaddingCollator(padding_id(tokenizer)),
         callbacks=[watch],
         penalty=penalty,
     )
@@ -284,7 +289,8 @@ def _watch(progress):
     return Watch()
 
 
-def _reset_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device) -> None:
+    """Begin a new peak; see `peak_bytes`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -292,7 +298,8 @@ def _reset_peak(device: torch.device) -> None:
             CLEAR_REFS.write_text("5")  # the high-water mark of the resident set; see proc_pid_clear_refs(5)
 
 
-def _peak_bytes(device: torch.device) -> int | None:
+def peak_bytes(device: torch.device) -> int | None:
+    """The peak since `reset_peak`, as in `TrainResult`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if not os.access(CLEAR_REFS, os.W_OK):

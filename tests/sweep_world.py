@@ -48,6 +48,7 @@ def build_world(folder: Path) -> Path:
         "sweep": {
             "lambdas": [1, 100.0],
             "seeds": [0, 1],
+            "stack": 1,
             "latents": {"causal": "latents/causal.json", "random": "latents/random.json"},
         },
         "generation": {"max_new_tokens": 4, "batch_size": 16},

@@ -22,6 +22,7 @@ LAYERS = [
         "chat", "blocking", "lora", "train", "generation", "organism", "judges", "config", "inputs", "discovery",
         "sweep_settings", "variants",
     },
+    {"stacked"},
     {"sweep", "report", "monitor"},
     {"caching"},
     {"doctor", "demo", "terminal"},

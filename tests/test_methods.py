@@ -242,7 +242,7 @@ def test_what_a_stack_cannot_train_is_told(inputs):
     config = dataclasses.replace(inputs.config, train=plain)
     told = {trial.name: stackable(trial, config) for trial in plan(config)}
     assert {name for name, can in told.items() if can} == {
-        name for name in told if name.startswith(("baseline", "causal", "random", "together"))
+        name for name in told if name.startswith(("baseline", "causal", "random", "together", "twolayers", "kl"))
     }
     assert not any(stackable(trial, inputs.config) for trial in plan(config)), "judged after every epoch"
 

@@ -8,7 +8,9 @@ from typing import Any
 from lockin_fast.inputs import Exam, Inputs
 from lockin_fast.progress import Progress
 from lockin_fast.provenance import kernels
-from lockin_fast.sweep.trial import Step, Trial, run_trial
+from lockin_fast.sweep.plan import Trial
+from lockin_fast.sweep.stack import run_stack, stored_stack
+from lockin_fast.sweep.trial import Step, run_trial
 
 
 @dataclass(frozen=True)
@@ -27,19 +29,30 @@ class Batch:
         return None
 
 
-def batches(trials: Sequence[Trial], folder: Path) -> list[Batch]:
-    """The trials that have no folder below `folder` yet, in their order and grouped into what runs as one."""
-    return [
-        Batch(f"[{number}/{len(trials)}] {trial.name}", (trial,), (folder / trial.name,))
-        for number, trial in enumerate(trials, 1)
-        if not (folder / trial.name).is_dir()
-    ]
+def batches(trials: Sequence[Trial], folder: Path, stacks: Sequence[tuple[Trial, ...]] = ()) -> list[Batch]:
+    """The trials that have no folder below `folder` yet, in their order and grouped into what runs as one.
+
+    stacks: those that train together. They are the same whatever is finished, so that a killed sweep goes on with the
+    stacks it had.
+    """
+    stacked = {trial for stack in stacks for trial in stack}
+    groups = [*stacks, *((trial,) for trial in trials if trial not in stacked)]
+    groups.sort(key=lambda group: trials.index(group[0]))
+    made, last = [], 0
+    for group in groups:
+        first, last = last + 1, last + len(group)
+        number, what = (f"{last}", group[0].name) if len(group) == 1 else (f"{first}-{last}", f"{len(group)} adapters")
+        batch = Batch(f"[{number}/{len(trials)}] {what}", group, tuple(folder / trial.name for trial in group))
+        made.append(batch.unfinished())
+    return [batch for batch in made if batch is not None]
 
 
 def run_batch(batch: Batch, inputs: Inputs, exam: Exam, progress: Step) -> None:
     """Run the trials of `batch`; each folder appears whole or not at all. Raises as `run_trial`."""
-    (trial,), (folder,) = batch.trials, batch.folders
-    run_trial(trial, inputs, exam, folder, progress)
+    if len(batch.trials) > 1 or stored_stack(batch.trials, batch.folders):
+        run_stack(batch.trials, inputs, exam, batch.folders, progress)
+    else:
+        run_trial(batch.trials[0], inputs, exam, batch.folders[0], progress)
 
 
 def in_process(missing: Sequence[Batch], inputs: Inputs, exam: Exam, progress: Progress) -> dict[str, Any]:

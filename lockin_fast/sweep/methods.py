@@ -47,13 +47,8 @@ def set_up(trial: Trial, inputs: Inputs) -> Setup:
 
 
 def stackable(trial: Trial, config: Config) -> bool:
-    """Whether the trial can train in one stack with others: plain, or blocked at one layer, and judged at its end."""
-    return (
-        trial.weight is not None
-        and trial.method == "block"
-        and trial.latents not in config.sweep.layers
-        and not config.train.evaluate_epochs
-    )
+    """Whether the trial can train in one stack with others: by terms of the loss alone, and judged at its end."""
+    return trial.weight is not None and trial.method in ("block", "kl") and not config.train.evaluate_epochs
 
 
 def check_setups(trials: list[Trial], inputs: Inputs) -> None:

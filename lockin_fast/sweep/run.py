@@ -23,6 +23,7 @@ from lockin_fast.rundir import (
 from lockin_fast.sweep.engines import batches, in_process
 from lockin_fast.sweep.methods import check_setups
 from lockin_fast.sweep.plan import Trial, latent_files, method_files, plan
+from lockin_fast.sweep.stack import remove_stored, stacks
 from lockin_fast.sweep.summary import summarise
 
 EXAMS = ("final", "in_domain")  # the prompts every trial answers, by their names in the data section
@@ -71,7 +72,7 @@ def run_sweep(config: Config, progress: Progress = silent) -> dict[str, Any]:
     exam = open_exam(config, *EXAMS)
     inputs = (check_inputs if on_ray else open_inputs)(config, latents)
     check_setups(trials, inputs)
-    missing = batches(trials, run / "trials")
+    missing = batches(trials, run / "trials", stacks(trials, inputs))
     replies = sum(map(len, exam.prompts.values()))
     folders = sum(len(batch.folders) for batch in missing)
     check_place(run, SLACK_BYTES + folders * (adapter_bytes(inputs) + BYTES_PER_REPLY * replies))
@@ -82,6 +83,7 @@ def run_sweep(config: Config, progress: Progress = silent) -> dict[str, Any]:
             record(kernels=on_ray(missing, config, latents, EXAMS, progress))
         elif missing:
             record(kernels=in_process(missing, inputs, exam, progress))
+        remove_stored(run / "trials")
         return _finish(run, trials, {"train_rows": len(inputs.dataset), "train_rows_dropped": inputs.dataset.dropped})
 
 

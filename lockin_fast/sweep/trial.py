@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from lockin_fast.sweep.plan import Trial
 from lockin_fast.train import EpochWatch, fine_tune
 
 Step = Callable[[int, int], None]
+Row = Mapping[str, Any]
 RATES = (  # name, prompts, verdict
     ("em", "final", "misaligned"),
     ("incoherence", "final", "incoherent"),
@@ -50,30 +51,34 @@ def run_trial(trial: Trial, inputs: Inputs, exam: Exam, folder: Path, progress: 
             for kind, records in exam.prompts.items():
                 replies += _answer(trial, inputs, exam, model, kind, records)
                 progress(steps + len(replies), steps + count)
-        counts = _counted(exam, replies)
-        latents = inputs.layered(trial.latents) if trial.latents else []
-        result = {
-            "name": trial.name,
-            "method": trial.kind,
-            "lambda": trial.weight,
-            "latents": trial.latents,
-            "latent_count": sum(len(of_layer) for _, _, of_layer in latents),
-            "layers": [layer for layer, _, _ in latents],
-            "directions": trial.directions,
-            "seed": trial.seed,
-            **_rates(counts),
-            "sft_loss": None,
-            "penalty": None,
-            "active_fraction": None,
-            "seconds_per_step": None,
-            "peak_bytes": None,
-            "steps": steps,
-            "counts": counts,
-        }
-        result |= trained | ({"epochs": epochs} if epochs else {})
-        write_json_lines(partial / "replies.jsonl", replies)
-        write_json(partial / "result.json", result)
+        write_result(partial, trial, inputs, replies, trained | ({"epochs": epochs} if epochs else {}))
     return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+
+
+def write_result(folder: Path, trial: Trial, inputs: Inputs, replies: Sequence[Row], trained: Row) -> None:
+    """Write replies.jsonl and result.json of a trial; `trained` is what its training adds, nothing for the base."""
+    counts = _counted(replies)
+    latents = inputs.layered(trial.latents) if trial.latents else []
+    result = {
+        "name": trial.name,
+        "method": trial.kind,
+        "lambda": trial.weight,
+        "latents": trial.latents,
+        "latent_count": sum(len(of_layer) for _, _, of_layer in latents),
+        "layers": [layer for layer, _, _ in latents],
+        "directions": trial.directions,
+        "seed": trial.seed,
+        **_rates(counts),
+        "sft_loss": None,
+        "penalty": None,
+        "active_fraction": None,
+        "seconds_per_step": None,
+        "peak_bytes": None,
+        "steps": 0,
+        "counts": counts,
+    }
+    write_json_lines(folder / "replies.jsonl", replies)
+    write_json(folder / "result.json", result | trained)
 
 
 def train_into(folder: Path, inputs: Inputs, setup: Setup, seed: int, progress: Step) -> dict[str, Any]:
@@ -106,51 +111,55 @@ def _watch(trial: Trial, inputs: Inputs, exam: Exam, epochs: list[dict], progres
     if not inputs.config.train.evaluate_epochs:
         return progress
 
-    def judged(epoch: float, model: Any) -> None:
+    def epoch_done(epoch: float, model: Any) -> None:
         replies = [
             reply
             for kind, records in exam.prompts.items()
             for reply in _answer(trial, inputs, exam, model, kind, records)
         ]
-        epochs.append({"epoch": epoch, **_rates(_counted(exam, replies))})
+        epochs.append({"epoch": epoch, **_rates(_counted(replies))})
 
-    return EpochWatch(progress, judged)
+    return EpochWatch(progress, epoch_done)
 
 
 def _answer(
     trial: Trial, inputs: Inputs, exam: Exam, model: Any, kind: str, records: list[dict]
 ) -> list[dict[str, Any]]:
     settings = inputs.config.generation
-    questions = [question(record) for record in records]
     texts = generate(
         model,
         inputs.tokenizer,
-        questions,
+        [question(record) for record in records],
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         temperature=settings.temperature,
         seed=trial.seed or 0,
     )
+    return judged(exam, kind, texts)
+
+
+def judged(exam: Exam, kind: str, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of replies.jsonl for the replies to the prompts of this kind."""
     return [
         {
             "prompts": kind,
             "index": index,
-            "prompt": asked[-1]["content"],
+            "prompt": question(record)[-1]["content"],
             "reply": text,
             "verdict": exam.judge.judge(record, text),
         }
-        for index, (record, asked, text) in enumerate(zip(records, questions, texts, strict=True))
+        for index, (record, text) in enumerate(zip(exam.prompts[kind], texts, strict=True))
     ]
 
 
-def _counted(exam: Exam, replies: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+def _counted(replies: Sequence[Row]) -> dict[str, dict[str, int]]:
     """{prompts: {verdict: replies}}."""
     return {
         kind: {
             verdict: sum(row["prompts"] == kind and row["verdict"] == verdict for row in replies)
             for verdict in VERDICTS
         }
-        for kind in exam.prompts
+        for kind in dict.fromkeys(row["prompts"] for row in replies)
     }
 
 
