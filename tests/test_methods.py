@@ -213,7 +213,8 @@ def test_every_epoch_is_judged_and_judging_changes_nothing(finished, world):
         assert all(last[rate] == row[rate] for rate in ("em", "incoherence", "in_domain"))
     plain = load_config(
         world,
-        ["output=plain", "train.evaluate_epochs=false", "sweep.latents={causal: latents/causal.json}", "baselines={}",
+        ["output=plain", "sweep.stack=1", "train.evaluate_epochs=false", "baselines={}",
+         "sweep.latents={causal: latents/causal.json}",
          "sweep.sizes=[null]", "sweep.sides=[both]", "sweep.unions={}", "sweep.layers={}"],
     )  # fmt: skip
     run_sweep(plain)
@@ -242,7 +243,7 @@ def test_what_a_stack_cannot_train_is_told(inputs):
     config = dataclasses.replace(inputs.config, train=plain)
     told = {trial.name: stackable(trial, config) for trial in plan(config)}
     assert {name for name, can in told.items() if can} == {
-        name for name in told if name.startswith(("baseline", "causal", "random", "together", "twolayers", "kl"))
+        name for name in told if name.startswith(("baseline", "causal", "random", "together", "two-layers", "kl"))
     }
     assert not any(stackable(trial, inputs.config) for trial in plan(config)), "judged after every epoch"
 

@@ -79,7 +79,7 @@ def test_the_folders_are_those_of_single_trials(world, together):
 def test_progress_counts_the_steps_and_the_replies_of_all(together):
     stages = together[2]
     names = list(dict.fromkeys(stage for stage, *_ in stages))
-    assert names == ["[1/7] base", "[2-5/7] 4 adapters", "[6-7/7] 2 adapters together"]
+    assert names == ["[1/7] base", "[2-5/7] 4 adapters", "[6-7/7] 2 adapters"]
     of_stack = [at[1:] for at in stages if at[0] == names[1]]
     assert of_stack[:4] == [(0, 0), (1, 3 + 4 * 16), (2, 3 + 4 * 16), (3, 3 + 4 * 16)]
     assert of_stack[-1] == (3 + 4 * 16, 3 + 4 * 16)
