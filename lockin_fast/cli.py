@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+from lockin_fast import processes
+
 try:
     import typer
 
@@ -98,13 +100,14 @@ def cache(config: ConfigFile, set_: Overrides = None) -> None:
 
 @app.command(epilog="Example: lockin-fast train config.yaml --set block.weight=1000 --set output=runs/blocked")
 def train(config: ConfigFile, set_: Overrides = None) -> None:
-    """Fine-tune one LoRA adapter, with blocking when block.latents and block.weight are given."""
+    """Fine-tune one LoRA adapter, with blocking when block.latents and block.weight are given. Runs under torchrun."""
     from lockin_fast.sweep.single import run_training
 
     with terminal.shown_progress() as progress:
         result = run_training(_load(config, set_), progress)
     terminal.show_values(result)
     _note_slow_kernels()
+    processes.part()
 
 
 @app.command(
@@ -182,7 +185,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     _quiet_libraries()
     words = [word for word in arguments if word != "--debug"] or ["--help"]
+    terminal.out.quiet = not processes.is_first()
     try:
+        if processes.count() > 1 and words[0] not in ("train", "cache"):
+            raise ValueError(f"{words[0]}: runs in one process; torchrun is for train and cache, Ray for a sweep")
         status = app(words, prog_name="lockin-fast", standalone_mode=False) or 0
         if status == INTERRUPTED:  # typer turns Ctrl-C into a status
             terminal.error_line("interrupted; the same command goes on where it stood")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lockin_fast import processes
 from lockin_fast.blocking import BlockPenalty, LatentSet
 from lockin_fast.blocking.fingerprint import check_cache
 from lockin_fast.cache import TokenStore, open_cache
@@ -306,7 +307,7 @@ def _load_model(config: Config) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = processes.device()
     options = {"local_files_only": True, "dtype": "auto"}
     if config.quantization != "none":
         dtype = getattr(AutoConfig.from_pretrained(config.model, local_files_only=True), "dtype", None)

@@ -7,13 +7,14 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from lockin_fast import processes
 from lockin_fast.blocking.mixin import checked_terms
 from lockin_fast.blocking.terms import LossTerm
 from lockin_fast.chat import ChatDataset, PaddingCollator
@@ -28,11 +29,12 @@ CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 class TrainSettings:
     """An AdamW fine-tune. Either `steps` optimiser steps, or `epochs` passes where steps is None.
 
-    batch_size: rows of one optimiser step and process; micro_batch_size: rows of one forward (None: all at once), which
-    changes memory and speed but not the result. gradient_checkpointing: keep no activations inside the layers, compute
-    them again in the backward; less memory, a third more time, the same result. bf16: autocast, with weights as they
-    are. logging_steps: optimiser steps averaged in one row of the history. evaluate_epochs: after every epoch, a trial
-    of a sweep answers the prompts and is judged, so that what comes back in a long training shows.
+    batch_size: rows of one optimiser step, shared by all processes; micro_batch_size: rows of one forward (None: all
+    that fall to the process). Neither that nor the number of processes changes the result, but for rounding.
+    gradient_checkpointing: keep no activations inside the layers, compute them again in the backward; less memory, a
+    third more time, the same result. bf16: autocast, with weights as they are. logging_steps: optimiser steps averaged
+    in one row of the history. evaluate_epochs: after every epoch, a trial of a sweep answers the prompts and is judged,
+    so that what comes back in a long training shows.
     """
 
     steps: int | None = None
@@ -124,6 +126,11 @@ def fine_tune(
     The same seed on the same machine gives the same bytes. Raises before training: FileExistsError for an existing
     output; ValueError for modules or layers the model does not have, a model that has adapters already, or a penalty
     that does not fit; OSError where the adapter would not fit on the disk. Needs the `train` extra.
+
+    Started by torchrun or `accelerate launch`, processes train one adapter under DistributedDataParallel: each takes
+    its share of every batch, the first writes, and all return when it has. Where the rows of an epoch are no multiple
+    of batch_size, accelerate fills its last batch up with rows from its start. Raises ValueError where batch_size
+    cannot be shared.
     """
     try:
         import peft  # noqa: F401
@@ -131,6 +138,7 @@ def fine_tune(
     except ImportError as error:
         raise ImportError("fine_tune needs transformers and peft: pip install 'lockin-fast[train]'") from error
     output = Path(output)
+    _share(settings)
     check_lora(model, lora)
     check_reach(lora, checked_terms(penalty))
     if not isinstance(dataset, ChatDataset):
@@ -138,20 +146,23 @@ def fine_tune(
     if os.path.lexists(output):
         raise FileExistsError(f"output: {output} exists; choose another folder, or remove it first")
     with (
-        _replacing_folder(output) as partial,
+        _replacing_folder(output) if processes.is_first() else nullcontext(output) as partial,
         torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
         borrowed_with_lora(model, lora, settings.seed) as peft_model,
     ):
-        _check_space(partial, peft_model)
+        if processes.is_first():
+            _check_space(partial, peft_model)
         watch = _watch(progress)
         trainer = _trainer(peft_model, tokenizer, dataset, partial, settings, penalty, watch)
         reset_peak(model.device)
         trainer.train()
         peak = peak_bytes(model.device)
         history = [row for row in trainer.state.log_history if "loss" in row]
-        save_adapter(peft_model, partial)
-        with open(partial / "metrics.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in history)
+        if processes.is_first():
+            save_adapter(peft_model, partial)
+            with open(partial / "metrics.jsonl", "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in history)
+    processes.wait_for_all()
     last = history[-1]
     return TrainResult(
         adapter_path=output,
@@ -189,6 +200,17 @@ def _replacing_folder(output: Path) -> Iterator[Path]:
         os.replace(partial, output)
 
 
+def _share(settings: TrainSettings) -> int:
+    """Rows of one optimiser step for this process."""
+    count = processes.count()
+    if settings.batch_size % (count * (settings.micro_batch_size or 1)):
+        rows = f" in forwards of {settings.micro_batch_size}" if settings.micro_batch_size else ""
+        raise ValueError(
+            f"train.batch_size: got {settings.batch_size} rows, which {count} processes cannot share evenly{rows}"
+        )
+    return settings.batch_size // count
+
+
 def _check_space(folder: Path, peft_model: nn.Module) -> None:
     needed = sum(p.numel() * p.element_size() for p in peft_model.parameters() if p.requires_grad) + 2**20
     free = shutil.disk_usage(folder).free
@@ -206,7 +228,8 @@ def _trainer(peft_model, tokenizer, dataset, folder, settings, penalty, watch):
 
     from lockin_fast.blocking.trainer import BlockTrainer
 
-    micro = settings.micro_batch_size or settings.batch_size
+    share = _share(settings)
+    micro = settings.micro_batch_size or share
     arguments = TrainingArguments(
         **_checkpointing(settings.gradient_checkpointing),
         output_dir=str(folder),
@@ -214,7 +237,7 @@ def _trainer(peft_model, tokenizer, dataset, folder, settings, penalty, watch):
         max_steps=settings.steps or -1,
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=settings.batch_size // micro,
+        gradient_accumulation_steps=share // micro,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.schedule,
         warmup_steps=settings.warmup_steps,
@@ -229,6 +252,7 @@ def _trainer(peft_model, tokenizer, dataset, folder, settings, penalty, watch):
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,  # every adapter weight takes part in every forward
         dataloader_pin_memory=peft_model.device.type == "cuda",
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: never DataParallel

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from typing import Any
 
+from lockin_fast import processes
 from lockin_fast.config import Config, ConfigError, JudgeSettings
 from lockin_fast.inputs import adapter_bytes, check_files, input_hashes, open_inputs
 from lockin_fast.progress import Progress, silent
@@ -30,6 +31,8 @@ def run_training(config: Config, progress: Progress = silent) -> dict[str, Any]:
     Blocks `block.latents` at lambda `block.weight`; trains unblocked when neither is given, or weight is 0. A finished
     run is not repeated, a run of other settings or inputs in the same folder is refused. Everything is checked before
     training. Raises as `run_sweep`.
+
+    Started by torchrun, the processes train together, and the first holds the folder, writes and reports progress.
     """
     config.require("output")
     weight = config.block.weight or 0.0
@@ -52,16 +55,16 @@ def run_training(config: Config, progress: Progress = silent) -> dict[str, Any]:
     inputs = open_inputs(config, latents)
     penalties = (inputs.penalty("block", weight),) if blocked else ()
     check_place(run, SLACK_BYTES + adapter_bytes(inputs))
+    setup = Setup(config.lora, penalties)
+    named = {"adapter": str(run / "adapter"), "lambda": weight}
+    if not processes.is_first():
+        return named | train_into(run / "adapter", inputs, setup, config.train.seed, lambda step, total: None)
 
     with claim(run, "train", entry | {"versions": versions()}) as record:
         write_config(config, run)
         with atomic_folder(run / "adapter") as partial:
-            row = {"adapter": str(run / "adapter"), "lambda": weight} | train_into(
-                partial,
-                inputs,
-                Setup(config.lora, penalties),
-                config.train.seed,
-                lambda step, total: progress("training", step, total),
+            row = named | train_into(
+                partial, inputs, setup, config.train.seed, lambda step, total: progress("training", step, total)
             )
             write_json(partial / "result.json", row)
         record(kernels=kernels())

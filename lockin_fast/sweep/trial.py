@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lockin_fast import processes
 from lockin_fast.blocking import intervening
 from lockin_fast.generation import generate
 from lockin_fast.inputs import Exam, Inputs, question
@@ -82,7 +83,10 @@ def write_result(folder: Path, trial: Trial, inputs: Inputs, replies: Sequence[R
 
 
 def train_into(folder: Path, inputs: Inputs, setup: Setup, seed: int, progress: Step) -> dict[str, Any]:
-    """Fine-tune and leave the adapter's files in the existing `folder`; return the numbers of the training."""
+    """Fine-tune and leave the adapter's files in the existing `folder`; return the numbers of the training.
+
+    Of several processes the first has such a folder; the others only train.
+    """
     with intervening(inputs.model, setup.interventions):
         result = fine_tune(
             inputs.model,
@@ -94,9 +98,10 @@ def train_into(folder: Path, inputs: Inputs, setup: Setup, seed: int, progress: 
             penalty=setup.terms or None,
             progress=progress,
         )
-    for file in result.adapter_path.iterdir():
-        file.rename(folder / file.name)
-    result.adapter_path.rmdir()
+    if processes.is_first():
+        for file in result.adapter_path.iterdir():
+            file.rename(folder / file.name)
+        result.adapter_path.rmdir()
     names = ("sft_loss", "penalty", "active_fraction", "seconds_per_step", "peak_bytes")
     kl = result.history[-1].get("kl")
     return (
