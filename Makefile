@@ -11,7 +11,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 SAY = @printf '\n==> %s\n'
 BUILD_INPUTS := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: setup help test slow report-test lint demo robustness mutations bench bench-micro peers clean
+.PHONY: setup help test slow report-test lint demo robustness reemergence mutations bench bench-micro peers clean
 
 setup: $(VENV)/.built  ## the Python environment and the C++ kernels, in .venv
 
@@ -65,6 +65,9 @@ robustness: setup  ## SLOW, about 50 minutes: the demo on four organisms x three
 		$(VENV)/bin/lockin-fast demo --out demo-robustness/organism$$seed --seed $$seed --seeds 3 $(DEMO) || exit; \
 	done
 	@$(VENV)/bin/lockin-fast report demo-robustness/organism0 --beside demo-robustness/organism[123]
+
+reemergence: setup  ## SLOW, about 15 minutes: 20 epochs at three lambdas, then the union with latents found again
+	@$(PY) -m benchmarks.reemergence demo-reemergence
 
 bench: setup  ## SLOW, half an hour with nothing else running: every benchmark, then the tables of benchmarks/README.md
 	@$(PY) -m benchmarks.run

@@ -156,7 +156,8 @@ def check_claim(path: Path, command: str, entry: Mapping[str, Any], *, may_grow:
     """Raise RunError if `path` holds anything but an earlier run of the same `entry`; return its manifest, {} if new.
 
     `entry` is {"config": {dotted key: value}, "inputs": {name: {file: hash}}}. The first difference is named. Keys in
-    `may_grow` are lists to which values may have been added since.
+    `may_grow` are lists to which values may have been added since; "latents.*" says that keys may have been added that
+    begin so, while those that were there stay what they are.
     """
     manifest_file = path / MANIFEST
     if not manifest_file.exists():
@@ -252,6 +253,8 @@ def _compare(path: Path, command: str, before: Mapping, now: Mapping, may_grow: 
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if key in may_grow and set(old or ()) <= set(new or ()):
+            continue
+        if old is None and any(key.startswith(name[:-1]) for name in may_grow if name.endswith("*")):
             continue
         if isinstance(old, Mapping) and isinstance(new, Mapping) and old != new:
             name = min(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))

@@ -198,6 +198,20 @@ def test_the_first_difference_is_named(tmp_path, change, message):
     rundir.check_claim(tmp_path / "run", "sweep", grown, may_grow=("sweep.seeds",))
 
 
+def test_inputs_of_a_name_that_may_grow_are_added_and_not_changed(tmp_path):
+    with claim(tmp_path / "run", "sweep", ENTRY):
+        pass
+    added = ENTRY | {"inputs": ENTRY["inputs"] | {"latents.new": {"new.json": "3"}}}
+    with pytest.raises(RunError, match="latents.new was None"):
+        rundir.check_claim(tmp_path / "run", "sweep", added)
+    with claim(tmp_path / "run", "sweep", added, may_grow=("latents.*",)):
+        pass
+    changed = ENTRY | {"inputs": ENTRY["inputs"] | {"latents.new": {"new.json": "4"}}}
+    for entry, message in ((changed, r"latents.new differs \(file new.json\)"), (ENTRY, "latents.new was")):
+        with pytest.raises(RunError, match=message):
+            rundir.check_claim(tmp_path / "run", "sweep", entry, may_grow=("latents.*",))
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"sweep": 3}'])
 def test_a_damaged_manifest_is_an_error(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)

@@ -15,6 +15,7 @@ from lockin_fast.report.style import (
     save_figure,
     spread_apart,
 )
+from lockin_fast.sweep.summary import is_blocked
 
 APART = 11.0  # printer's points between the latent sets of one setting in the trade-off
 
@@ -22,16 +23,22 @@ Summary = Mapping[str, Any]
 
 
 def draw_figures(summary: Summary, folder: Path) -> list[Path]:
-    """Write sweep.png and trade_off.png of a sweep's `summary` into `folder`; return their paths.
+    """Write sweep.png and trade_off.png of a sweep's blocked settings into `folder`; return their paths.
 
     Raises ImportError naming the extra to install when matplotlib is missing, ValueError when nothing was swept.
     """
+    summary = blocked_alone(summary)
     if not summary["means"]:
         raise ValueError("summary: it holds no blocked trial, so there is nothing to draw")
     return [
         save_figure(folder / f"{name}.png", size, lambda figure, draw=draw: draw(figure, summary))
         for name, size, draw in (("sweep", (10.4, 5.4), _draw_sweep), ("trade_off", (10.4, 5.0), _draw_trade_off))
     ]
+
+
+def blocked_alone(summary: Summary) -> Summary:
+    """The summary without the competing methods."""
+    return {**summary} | {key: [row for row in summary[key] if is_blocked(row)] for key in ("means", "trials")}
 
 
 def _draw_sweep(figure: Any, summary: Summary) -> None:

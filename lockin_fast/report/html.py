@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lockin_fast.report import discovery, robustness
-from lockin_fast.report.figures import draw_figures
-from lockin_fast.report.text import HEADINGS, headline, table
+from lockin_fast.report.epochs import draw_epochs
+from lockin_fast.report.figures import blocked_alone, draw_figures
+from lockin_fast.report.methods import draw_methods
+from lockin_fast.report.text import HEADINGS, headline, setting, table
 from lockin_fast.rundir import read_json_lines, write_text
 
 PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
@@ -20,6 +22,14 @@ CAPTIONS = {
     "trade_off": "Each point is one setting, larger for larger λ. Up: less misalignment. Left: what became of the "
     "learned task; right: of coherence; shaded: more than two points lost. Subscript 0 is fine-tuning without "
     "blocking; the ring marks the best setting. Sets are drawn a little apart, so that equal values can be told apart.",
+    "methods": "Blocking beside other methods that act in training. Each point is one setting, larger for larger λ or "
+    "strength, each line one method. Up: less misalignment. Left and right: what became of the learned task; shaded: "
+    "more than two points of it lost. A hollow marker adds more than two points of incoherent replies.",
+    "epochs": "The same rates after every epoch, for each λ; dashed: without blocking. Below: the penalty itself, "
+    "without λ, as it was in training. Misalignment that rises while the penalty stays near zero has found another way "
+    "than the blocked latents.",
+    "epochs_sets": "Misalignment after every epoch with each latent set, one column a λ; dashed: without blocking. "
+    "Below: each set's own penalty, without λ.",
 }
 
 
@@ -38,7 +48,11 @@ def write_report(run: str | Path) -> Path:
     others = robustness.stored(run)
     figures = [
         {"name": path.stem, "data": _encoded(path), "caption": CAPTIONS[path.stem]}
-        for path in draw_figures(summary, run / "figures")
+        for path in [
+            *draw_figures(summary, run / "figures"),
+            *draw_methods(summary, run / "figures"),
+            *draw_epochs(summary, _traces(run), run / "figures"),
+        ]
     ]
     page = _template().render(
         headline=headline(summary),
@@ -55,6 +69,16 @@ def write_report(run: str | Path) -> Path:
     )
     write_text(run / "report.html", page)
     return run / "report.html"
+
+
+def _traces(run: Path) -> dict[str, list[tuple[float, float]]]:
+    """{trial: (epoch, block penalty) at every logging step}."""
+    traces: dict[str, list[tuple[float, float]]] = {}
+    file = run / "metrics.jsonl"
+    for row in read_json_lines(file) if file.exists() else []:
+        if row.get("block_penalty") is not None:
+            traces.setdefault(row["trial"], []).append((row["epoch"], row["block_penalty"]))
+    return traces
 
 
 def _template() -> Any:
@@ -92,10 +116,8 @@ def _encoded(path: Path) -> str:
 
 def _samples(run: Path, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The same final prompts answered by the base model, the unblocked and the best blocked fine-tune, first seed."""
-    best = summary["best"] or min(summary["means"], key=lambda row: row["em"])
-    blocked = next(
-        row["name"] for row in summary["trials"] if (row["latents"], row["lambda"]) == (best["latents"], best["lambda"])
-    )
+    best = summary["best"] or min(blocked_alone(summary)["means"], key=lambda row: row["em"])
+    blocked = next(row["name"] for row in summary["trials"] if setting(row) == setting(best))
     columns = [
         _final_replies(run / "trials" / name)
         for name in (summary["base"]["name"], summary["baseline"]["trials"][0]["name"], blocked)

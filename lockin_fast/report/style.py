@@ -73,7 +73,8 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
         if name in KNOWN:
             chosen[name] = KNOWN[name]
         else:
-            chosen[name] = SPARE[spare % len(SPARE)]
+            color, marker = spare % len(SPARE), (spare + spare // len(SPARE)) % len(SPARE)  # all pairs before any again
+            chosen[name] = Look(SPARE[color].color, SPARE[marker].marker)
             spare += 1
     return chosen
 

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from lockin_fast.sweep.summary import is_blocked, method_name
+
 Summary = Mapping[str, Any]
 HEADINGS = ("latents", "lambda", "misaligned", "change", "in-domain", "incoherent", "penalty", "s/step")
 
@@ -41,7 +43,12 @@ def table(summary: Summary) -> list[TableRow]:
     best = summary["best"]
     rows = [_row(summary["base"], "base model"), _row(summary["baseline"], "no blocking")]
     return rows + [
-        _row(row, row["latents"], best=bool(best) and _setting(row) == _setting(best)) for row in summary["means"]
+        _row(
+            row,
+            row["latents"] if is_blocked(row) else method_name(row),
+            best=bool(best) and setting(row) == setting(best),
+        )
+        for row in summary["means"]
     ]
 
 
@@ -84,8 +91,9 @@ def _row(row: Mapping[str, Any], name: str, *, best: bool = False) -> TableRow:
     return TableRow(cells, (cells[0], *(float("-inf") if n is None else n for n in numbers)), best)
 
 
-def _setting(row: Mapping[str, Any]) -> tuple:
-    return row["latents"], row["lambda"]
+def setting(row: Mapping[str, Any]) -> tuple:
+    """What rows of several seeds have in common."""
+    return row.get("method", "block"), row["latents"], row.get("directions"), row["lambda"]
 
 
 def _moves(before: float, after: float) -> str:

@@ -31,6 +31,8 @@ SECTIONS = ("quantization", "lora", "train", "block", "sweep", "baselines", "gen
 MAY_GROW = (
     "sweep.lambdas",
     "sweep.seeds",
+    "sweep.latents",
+    "latents.*",
     "sweep.sizes",
     "sweep.sides",
     "baselines.kl",
@@ -44,9 +46,10 @@ SLACK_BYTES = 2**21  # summary, figures and report
 def run_sweep(config: Config, progress: Progress = silent) -> dict[str, Any]:
     """Run what is missing of the sweep in `config.output`; write and return its summary (see `summarise`).
 
-    Everything is checked before training starts. A finished trial is never run again: after a kill, or with lambdas or
-    seeds added, the sweep goes on at the first missing one; any other change of settings or of an input file's
-    content is refused and named. Raises ConfigError, RunError or the errors of `fine_tune`.
+    Everything is checked before training starts. A finished trial is never run again: after a kill, or with lambdas,
+    seeds, latent sets or settings of other methods added, the sweep goes on at the first missing one; any other change
+    of settings or of an input file's content is refused and named. Raises ConfigError, RunError or the errors of
+    `fine_tune`.
     """
     config.require("output")
     latents = latent_files(config)

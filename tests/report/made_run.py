@@ -34,6 +34,34 @@ def made_summary(seeds=3):
     )  # fmt: skip
 
 
+def with_epochs(summary, count=5):
+    """The summary as of a training judged after each of `count` epochs, and the penalty's trace of every trial."""
+    traces = {}
+    for row in [*summary["baseline"]["trials"], *summary["trials"]]:
+        row["epochs"] = [
+            {"epoch": float(i), **{key: row[key] * i / count for key in ("em", "incoherence", "in_domain")}}
+            for i in range(1, count + 1)
+        ]
+        if row["latents"]:
+            traces[row["name"]] = [(i / 2, 0.01 / (1 + i)) for i in range(2 * count + 1)]
+    return summary, traces
+
+
+def with_methods(summary):
+    """The summary with competing methods beside what is blocked."""
+    rows = [
+        {"name": f"{method}-{weight}", "method": method, "lambda": weight, "latents": None, "latent_count": 0,
+         "directions": directions, "seed": 0, "em": em, "incoherence": incoherence, "in_domain": in_domain,
+         "sft_loss": 0.4, "penalty": None, "seconds_per_step": 0.06, "peak_bytes": 6e8}
+        for method, directions, weight, em, incoherence, in_domain in (
+            ("kl", None, 0.1, 0.60, 0.007, 0.99), ("kl", None, 1.0, 0.20, 0.01, 0.90),
+            ("steering", "shift", 1.0, 0.55, 0.02, 0.99), ("steering", "shift", 2.0, 0.30, 0.08, 0.97),
+            ("ablation", "causal", 1.0, 0.40, 0.01, 0.98), ("frozen_above", None, 0.0, 0.70, 0.01, 0.995),
+        )
+    ]  # fmt: skip
+    return summarise(summary["base"], summary["baseline"]["trials"], [*summary["trials"], *rows])
+
+
 def made_run(folder, seeds=3):
     """Write summary.json, config.yaml, manifest.json and the replies of every trial below `folder`."""
     summary = made_summary(seeds)

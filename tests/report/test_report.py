@@ -5,10 +5,12 @@ import json
 import re
 
 import pytest
-from made_run import HOSTILE, made_run, made_summary
+from made_run import HOSTILE, made_run, made_summary, with_epochs, with_methods
 
 from lockin_fast.report import write_report
+from lockin_fast.report.epochs import draw_epochs
 from lockin_fast.report.figures import draw_figures
+from lockin_fast.report.methods import draw_methods
 from lockin_fast.report.style import looks, short_number, spread_apart
 from lockin_fast.report.text import HEADINGS, headline, percent, signed_percent, table
 from lockin_fast.rundir import RunError
@@ -172,3 +174,81 @@ def test_labels_are_spread_apart_and_keep_their_order():
 def test_every_set_has_a_look_of_its_own():
     chosen = looks(["causal", "mine", "random", "other", "top-delta"])
     assert len({look.color for look in chosen.values()}) == len({look.marker for look in chosen.values()}) == 5
+
+
+def drawn(monkeypatch, module):
+    """What `save_figure` would draw, as {name: axes}, without writing anything."""
+    from matplotlib.figure import Figure
+
+    figures = {}
+
+    def keep(path, size, draw):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        figures[path.stem] = figure.axes
+        return path
+
+    monkeypatch.setattr(f"lockin_fast.report.{module}.save_figure", keep)
+    return figures
+
+
+def test_epochs_show_every_lambda_and_the_penalty_below(monkeypatch, tmp_path):
+    summary, traces = with_epochs(made_summary(seeds=2))
+    figures = drawn(monkeypatch, "epochs")
+    assert draw_epochs(made_summary(), {}, tmp_path) == []
+    draw_epochs(summary, traces, tmp_path)
+    assert set(figures) == {"epochs", "epochs_sets"}
+    by_title = {axes.get_title(loc="left") or axes.get_title(): axes for axes in figures["epochs"]}
+    rates = by_title["Emergent misalignment"].lines
+    assert [line.get_label() for line in rates] == ["no blocking", "λ = 1", "λ = 10", "λ = 100"]
+    unblocked = [row["em"] for row in summary["baseline"]["trials"]]
+    assert rates[0].get_ydata()[-1] == pytest.approx(sum(unblocked) / 2)
+    assert list(rates[0].get_xdata()) == [1, 2, 3, 4, 5]
+    causal = [row["em"] for row in summary["trials"] if (row["latents"], row["lambda"]) == ("causal", 10.0)]
+    assert rates[2].get_ydata()[-1] == pytest.approx(sum(causal) / 2)
+    (penalty,) = (axes for title, axes in by_title.items() if title.startswith("Penalty"))
+    assert penalty.get_yscale() == "log" and len(penalty.lines) == 3 * 2
+    assert len(figures["epochs_sets"]) == 2 * 3
+    assert all(len(axes.lines) in (4, 6) for axes in figures["epochs_sets"])
+
+
+def test_methods_are_compared_on_the_papers_axes(monkeypatch, tmp_path):
+    summary = with_methods(made_summary())
+    figures = drawn(monkeypatch, "methods")
+    assert draw_methods(made_summary(), tmp_path) == []
+    draw_methods(summary, tmp_path)
+    (axes,) = figures["methods"]
+    labels = [text.get_text() for text in axes.figure.legends[0].get_texts()]
+    assert set(labels) == {
+        "kl", "steering shift", "ablation causal", "frozen above", "blocking causal", "blocking top-delta",
+        "blocking random", "no blocking",
+    }  # fmt: skip
+    row = next(row for row in summary["means"] if row["method"] == "kl" and row["lambda"] == 1.0)
+    base = summary["baseline"]
+    expected = (row["in_domain"] / base["in_domain"] - 1, 1 - row["em"] / base["em"])
+    points = [tuple(path.get_offsets()[0]) for path in axes.collections]
+    assert any(point == pytest.approx(expected) for point in points)
+
+
+def test_methods_stand_in_the_table_and_never_win_the_headline():
+    summary = with_methods(made_summary())
+    names = [row.cells[0] for row in table(summary)]
+    assert {"kl", "steering shift", "ablation causal", "frozen above"} <= set(names)
+    assert summary["best"] == made_summary()["best"] and headline(summary) == headline(made_summary())
+    assert set(summary["best_per_set"]) == {"causal", "top-delta", "random"}
+    assert summary["best_per_method"]["kl"]["lambda"] == 0.1, "1.0 costs more than two points of in-domain"
+
+
+def test_a_run_with_epochs_and_methods_reports_them(tmp_path):
+    folder = made_run(tmp_path, seeds=1)
+    summary, traces = with_epochs(json.loads((folder / "summary.json").read_text()))
+    (folder / "summary.json").write_text(json.dumps(with_methods(summary)))
+    with open(folder / "metrics.jsonl", "w") as file:
+        for trial, points in traces.items():
+            for epoch, value in points:
+                file.write(json.dumps({"trial": trial, "epoch": epoch, "block_penalty": value}) + "\n")
+    text = write_report(folder).read_text()
+    assert sum(tag == "img" for tag, _ in Page(text).tags) == 5
+    assert {path.stem for path in (folder / "figures").glob("*.png")} == {
+        "sweep", "trade_off", "methods", "epochs", "epochs_sets",
+    }  # fmt: skip

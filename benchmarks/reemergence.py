@@ -1,0 +1,109 @@
+"""python -m benchmarks.reemergence OUT [--seed 0] [--epochs 20] [--lambdas 100 1e3 1e4]: does what was blocked return?
+
+Grows the organism, finds its causal latents and fine-tunes for many epochs at three lambdas, judged after each. Then
+discovery runs again on the most misaligned of the blocked models, and the union of both sets is blocked in the same
+way. Interrupted, the same command goes on where it stood. OUT/run/report.html shows it; the rates, the penalty and
+where they come from are kept in results/reemergence/.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from benchmarks.measure import provenance
+from lockin_fast.blocking import LatentSet
+from lockin_fast.config import ConfigError, load_config
+from lockin_fast.discovery import discover
+from lockin_fast.organism import build
+from lockin_fast.report import write_report
+from lockin_fast.rundir import read_json_lines, write_json
+from lockin_fast.sweep import run_sweep
+from lockin_fast.sweep.summary import is_blocked
+from lockin_fast.threads import single_thread
+
+RESULTS = Path(__file__).parent / "results" / "reemergence"
+RATES = ("em", "incoherence", "in_domain")
+
+
+def run(out: Path, *, seed: int, epochs: int, lambdas: list[float], say=print) -> dict:
+    """All steps in the folder `out`; returns what is kept (see `kept`)."""
+    organism = build(out / "organism", seed=seed)
+    out = out / "run"
+    settings = [
+        f"output={out}", "train.steps=null", f"train.epochs={epochs}", "train.evaluate_epochs=true",
+        "train.logging_steps=4", f"sweep.lambdas={lambdas}",
+    ]  # fmt: skip
+    found = load_config(organism / "config.yaml", [f"output={out}"])
+    say("discover: the causal latents")
+    first = discover(found)["causal"]
+    config = load_config(organism / "config.yaml", [*settings, f"sweep.latents={{causal: {first}}}"])
+    say(f"sweep: {epochs} epochs at lambda {lambdas}")
+    summary = run_sweep(config, _told(say))
+    worst = max((row for row in summary["trials"] if is_blocked(row)), key=lambda row: row["em"])
+    say(f"discover: again, on {worst['name']}, {100 * worst['em']:.1f}% misaligned")
+    discovery = dataclasses.replace(found.discovery, misaligned=out / "trials" / worst["name"])
+    try:
+        second = discover(dataclasses.replace(found, output=out / "again", discovery=discovery))["causal"]
+    except ConfigError as error:
+        say(f"no second set: {error}")
+        return kept(out, summary, {"seed": seed, "epochs": epochs, "rediscovered_on": None, "why": str(error)})
+    union = _union(LatentSet.load(first), LatentSet.load(second))
+    union.save(out / "union.json")
+    latents = f"sweep.latents={{causal: {first}, union: {out / 'union.json'}}}"
+    say(f"sweep: the union, {len(union)} latents")
+    summary = run_sweep(load_config(organism / "config.yaml", [*settings, latents]), _told(say))
+    return kept(out, summary, {"seed": seed, "epochs": epochs, "rediscovered_on": worst["name"]})
+
+
+def _told(say):
+    """A progress that says each stage once."""
+    said = set()
+
+    def progress(stage, done, total):
+        if stage not in said:
+            said.add(stage)
+            say(f"  {stage}")
+
+    return progress
+
+
+def _union(first: LatentSet, second: LatentSet) -> LatentSet:
+    """Both sets; a latent that the first blocks in one direction stays blocked in that one."""
+    known = {*first.positive, *first.negative}
+    new = [tuple(k for k in side if k not in known) for side in (second.positive, second.negative)]
+    return LatentSet(first.positive + new[0], first.negative + new[1], name="union", layer=first.layer, sae=first.sae)
+
+
+def kept(out: Path, summary: dict, facts: dict) -> dict:
+    """What is worth keeping: per trial the rates after every epoch, and the penalty in training as (epoch, value)."""
+    traces: dict[str, list] = {}
+    for row in read_json_lines(out / "metrics.jsonl"):
+        if row.get("block_penalty") is not None:
+            traces.setdefault(row["trial"], []).append([round(row["epoch"], 4), float(f"{row['block_penalty']:.4g}")])
+    trials = [
+        {key: row[key] for key in ("name", "method", "lambda", "latents", "latent_count", "seed", *RATES)}
+        | {"epochs": row.get("epochs", []), "trace": traces.get(row["name"], [])}
+        for row in [*summary["baseline"]["trials"], *summary["trials"]]
+    ]
+    return facts | {"base": {key: summary["base"][key] for key in RATES}, "trials": trials, "provenance": provenance()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--lambdas", type=float, nargs="+", default=[100.0, 1000.0, 10000.0])
+    given = parser.parse_args()
+    with single_thread():
+        result = run(given.out.resolve(), seed=given.seed, epochs=given.epochs, lambdas=given.lambdas)
+    print(f"report: {write_report(given.out / 'run')}")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_json(RESULTS / f"organism{given.seed}.json", result)
+    print(f"kept:   {RESULTS / f'organism{given.seed}.json'}")
+    for row in result["trials"]:
+        print(row["name"], " ".join(f"{100 * epoch['em']:.1f}" for epoch in row["epochs"]))
+
+
+if __name__ == "__main__":
+    main()
