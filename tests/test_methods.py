@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import sweep_world
@@ -311,6 +312,16 @@ def test_what_cannot_work_is_refused_before_any_training(world, override, messag
         run_sweep(load_config(world, ["output=refused", *override.split("; ")]))
     assert "\n" not in str(caught.value)
     assert not (world.parent / "refused").exists()
+
+
+def test_the_front_pages_settings_are_understood(tmp_path):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (block,) = [text.split("```")[0] for text in readme.split("```yaml\n") if "baselines:" in text.split("```")[0]]
+    (tmp_path / "run.yaml").write_text(block)
+    config = load_config(tmp_path / "run.yaml", [f"output={tmp_path / 'run'}"])
+    names = {trial.name for trial in plan(config)}
+    assert {"both-found-k10-shuffled-lambda1000-seed0", "two-lambda100-seed0", "kl-lambda0.01-seed0"} <= names
+    assert {"steering-evil-strength1-seed0", "ablation-pca-seed0", "frozen_above-again-lambda1000-seed0"} <= names
 
 
 def test_one_sided_sets_have_no_shuffle_and_no_other_side(world, tmp_path):

@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 
 from lockin_fast.chat import ChatDataset
 from lockin_fast.lora import adapter
-from lockin_fast.train import LoraSettings, TrainSettings, fine_tune
+from lockin_fast.train import EpochWatch, LoraSettings, TrainSettings, fine_tune
 
 LORA = LoraSettings(r=4, alpha=8)
 SETTINGS = TrainSettings(steps=3, batch_size=8, learning_rate=1e-2, logging_steps=2)
@@ -118,7 +119,7 @@ IN_A_PROCESS = """
 import logging
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what it says when PEFT imports it is not ours
 import sys, torch, tiny_llama as tiny
-from lockin_fast.train import LoraSettings, TrainSettings, fine_tune
+from lockin_fast.train import EpochWatch, LoraSettings, TrainSettings, fine_tune
 torch.set_num_threads(1)
 fine_tune(tiny.model(), tiny.tokenizer(), tiny.conversations(24), sys.argv[1], lora=LoraSettings(r=4, alpha=8),
           settings=TrainSettings(steps=2, batch_size=8), penalty=tiny.penalty())
@@ -298,3 +299,20 @@ def test_a_loss_that_is_not_finite_writes_no_adapter(tmp_path, tokenizer, rows):
     with pytest.raises(FloatingPointError, match="sft_loss is nan"):
         train(model, tokenizer, rows, tmp_path / "a")
     assert os.listdir(tmp_path) == []
+
+
+def test_epochs_are_told_and_their_time_is_not_training(tmp_path, tokenizer, rows, monkeypatch):
+    told, away, clock = [], [0.0], time.perf_counter
+    monkeypatch.setattr("lockin_fast.train.time.perf_counter", lambda: clock() + away[0])
+
+    def epoch_done(epoch, model):
+        told.append((epoch, model.training, type(model).__name__))
+        away[0] += 1e6
+
+    watch = EpochWatch(lambda step, total: told.append((step, total)), epoch_done)
+    settings = dataclasses.replace(SETTINGS, steps=4, batch_size=8)
+    result = train(tiny.model(), tokenizer, rows, tmp_path / "out", settings=settings, progress=watch)
+    assert [entry for entry in told if len(entry) == 2] == [(step, 4) for step in range(1, 5)]
+    epochs = [entry for entry in told if len(entry) == 3]
+    assert epochs == [(1.0, True, "PeftModelForCausalLM"), (1.333333, True, "PeftModelForCausalLM")]
+    assert 0 < result.seconds_per_step < 1e5
