@@ -1,7 +1,7 @@
-"""One process of a training run that torchrun starts: FOLDER, a mode, rows of a forward, forwards of a step.
+"""One process of a training run that torchrun starts: FOLDER, mode, rows of a forward, forwards of a step.
 
 Trains the same adapter with and without the penalty; leaves in FOLDER/result.pt, for each, the gradients of the
-first step, the adapter after the last one, and the log.
+first step, the adapter after the last one, and the log. A fifth argument is the cache to take the reference from.
 """
 
 import sys
@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from lockin_fast.blocking import BlockTrainer
 from lockin_fast.blocking.layers import is_sharded
+from lockin_fast.cache import open_cache
 from lockin_fast.chat import ChatDataset, PaddingCollator
 
 LOGGED = ("sft_loss", "block_penalty", "active_fraction")
@@ -39,7 +40,7 @@ def whole(tensors):
     }
 
 
-def train(folder, mode, micro, accumulate, weight):
+def train(folder, mode, micro, accumulate, weight, reference):
     torch.manual_seed(3)
     model = get_peft_model(
         tiny.model(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -57,9 +58,8 @@ def train(folder, mode, micro, accumulate, weight):
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     gradients = FirstGradients()
     rows = ChatDataset(tiny.conversations(24), tiny.tokenizer())
-    trainer = BlockTrainer(
-        model, arguments, PaddingCollator(0), rows, penalty=tiny.penalty(weight), callbacks=[gradients]
-    )
+    penalty = tiny.penalty(weight, reference=reference)
+    trainer = BlockTrainer(model, arguments, PaddingCollator(0), rows, penalty=penalty, callbacks=[gradients])
     trainer.train()
     assert is_sharded(trainer.model_wrapped) == mode.startswith("fsdp2")
     return {
@@ -71,8 +71,9 @@ def train(folder, mode, micro, accumulate, weight):
 
 if __name__ == "__main__":
     folder, mode, micro, accumulate = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    reference = open_cache(sys.argv[5]) if len(sys.argv) > 5 else "live"
     torch.set_num_threads(1)
-    results = {weight: train(folder, mode, micro, accumulate, weight) for weight in (0.0, 500.0)}
+    results = {weight: train(folder, mode, micro, accumulate, weight, reference) for weight in (0.0, 500.0)}
     if PartialState().is_main_process:
         torch.save(results, f"{folder}/result.pt")
     if torch.distributed.is_initialized():

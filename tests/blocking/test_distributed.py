@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_llama as tiny
 import torch
 from torch import nn
 
 from lockin_fast.blocking.layers import is_sharded
+from lockin_fast.blocking.write_cache import CacheSource, write_latents
+from lockin_fast.chat import ChatDataset
 
 TESTS = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -36,11 +39,21 @@ def added(result):
     return {name: g - result[0.0]["gradients"][name] for name, g in result[500.0]["gradients"].items()}
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """The reference latents of the text that is trained on."""
+    folder = tmp_path_factory.mktemp("cache") / "cache"
+    rows = ChatDataset(tiny.conversations(24), tiny.tokenizer())
+    write_latents(folder, CacheSource(tiny.model(), tiny.penalty().layer, rows), tiny.sae(), range(tiny.LATENTS))
+    return folder
+
+
 @pytest.mark.slow  # two processes that import everything
+@pytest.mark.parametrize("reference", ["live", "cache"])
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2", "fsdp2-checkpointing"])
-def test_two_processes_equal_one(tmp_path, one, mode):
-    """2 processes x 2 forwards x 2 rows against 8 rows at once."""
-    two = train(tmp_path / "two", mode, 2, 2, launcher=TORCHRUN)
+def test_two_processes_equal_one(tmp_path, one, cache, mode, reference):
+    """2 processes x 2 forwards x 2 rows against 8 rows at once, of which the reference is live."""
+    two = train(tmp_path / "two", mode, 2, 2, *([cache] if reference == "cache" else []), launcher=TORCHRUN)
     largest = max(g.abs().max() for g in one[500.0]["gradients"].values())
     expected, found = added(one), added(two)
     assert max(g.abs().max() for g in expected.values()) > 0.1 * largest
