@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from lockin_fast.blocking import BlockPenalty, ConceptAblation, KLPenalty, PreventativeSteering
+from lockin_fast.blocking import BlockPenalty, ConceptAblation, KLPenalty, LatentSet, PreventativeSteering
 from lockin_fast.blocking.reference import Reference
 from lockin_fast.config import ConfigError, load_config
 from lockin_fast.inputs import open_inputs
@@ -71,6 +71,7 @@ def world(tmp_path_factory):
     values["data"]["core"] = "data/in_domain.jsonl"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     save_file({"direction": torch.arange(16.0) - 7}, folder / "direction.safetensors")
+    save_file({"direction": torch.ones(2, 16)}, folder / "two.safetensors")
     from lockin_fast.sweep.single import run_training
 
     run_training(load_config(path, ["output=single", "train.evaluate_epochs=false"]))
@@ -135,6 +136,9 @@ def test_each_method_does_what_it_says(inputs):
     units = rows / rows.norm(dim=1, keepdim=True) * torch.tensor([1, 1, 1, -1])[:, None]
     expected = 3 * units.sum(0) / units.sum(0).norm()
     assert torch.allclose(steering.edit(h)[0, 0], expected, rtol=1e-5, atol=1e-6)
+    alone = dataclasses.replace(inputs, latents={"one": LatentSet((), (5,))})
+    (steering,) = set_up(Trial(None, 3.0, 0, "steering", "one"), alone).interventions
+    assert torch.allclose(steering.edit(h)[0, 0], -3 * rows[1] / rows[1].norm(), rtol=1e-5, atol=1e-6)
     (ablation,) = set_up(Trial(None, 1.0, 0, "ablation", "random"), inputs).interventions
     assert isinstance(ablation, ConceptAblation)
     rows = load_file(inputs.config.sae / "sae_weights.safetensors")["W_dec"][[30, 31, 40, 41]]
@@ -263,6 +267,7 @@ def test_what_a_stack_cannot_train_is_told(inputs):
         ("baselines.directions.file=nowhere.pt", "baselines.directions.file: no such file or folder"),
         ("baselines.directions.file=world.json", "baselines.steering: .*world.json: no tensor can be read from it"),
         ("baselines.directions.file=sae/sae_weights.safetensors", "baselines.steering: .*expected one tensor"),
+        ("baselines.directions.file=two.safetensors", "baselines.steering.file: got 2 directions, expected one to add"),
         ("baselines.layers=[3]", r"baselines.layers: got \[3\], expected indices from 0 to 2"),
         ("baselines.layers=[0]", r"baselines.layers: got \[0\], but causal has decoder rows of layer 1"),
         ("baselines.kl_direction=both", "baselines.kl_direction: expected one of model_to_base, base_to_model"),

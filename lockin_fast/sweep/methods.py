@@ -13,6 +13,7 @@ from lockin_fast.inputs import Inputs, naming
 from lockin_fast.lora import LoraSettings
 from lockin_fast.sweep.directions import directions
 from lockin_fast.sweep.plan import Trial
+from lockin_fast.sweep_settings import COMPUTED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ def set_up(trial: Trial, inputs: Inputs) -> Setup:
     return Setup(
         lora,
         interventions=tuple(
-            PreventativeSteering(layer, rows[0] if len(rows) == 1 else _sum_of_units(rows), trial.weight)
+            PreventativeSteering(layer, _one_direction(trial.directions, rows, inputs), trial.weight)
             for layer, rows in found.items()
         ),
     )
@@ -71,7 +72,9 @@ def check_setups(trials: list[Trial], inputs: Inputs) -> None:
                 _frozen_above(inputs, layers)
         elif trial.directions:
             with naming(f"baselines.{trial.method}"):
-                directions(inputs, trial.directions, compute=False)
+                for rows in directions(inputs, trial.directions, compute=False).values():
+                    if trial.method == "steering":
+                        _one_direction(trial.directions, rows, inputs)
 
 
 def _frozen_above(inputs: Inputs, blocked: list[int]) -> LoraSettings:
@@ -86,6 +89,11 @@ def _frozen_above(inputs: Inputs, blocked: list[int]) -> LoraSettings:
     return dataclasses.replace(lora, layers=kept)
 
 
-def _sum_of_units(rows: Tensor) -> Tensor:
+def _one_direction(source: str, rows: Tensor, inputs: Inputs) -> Tensor:
+    """What steering adds [d]: the one direction there is, or of a latent set its signed unit rows' sum, unit length."""
+    if source in inputs.config.baselines.directions or source in COMPUTED:
+        if len(rows) != 1:
+            raise ConfigError(f"baselines.steering.{source}: got {len(rows)} directions, expected one to add")
+        return rows[0]
     total = (rows / rows.norm(dim=1, keepdim=True)).sum(0)
     return total / total.norm()
