@@ -3,6 +3,7 @@ import re
 import pytest
 import torch
 from penalty_oracle import assert_as_good_as_torch, clear_of_steps, per_token_penalty, problem
+from threads import on_threads
 
 import lockin_fast
 from lockin_fast.ops import block_penalty as op_module
@@ -161,11 +162,10 @@ def test_no_output_is_left_unwritten(dtype, poisoned_memory):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_deterministic_and_independent_of_threads(dtype):
     p = problem(70, 123, 20, dtype, masked=True)
-    first = op(*p.op_arguments)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    again = op(*p.op_arguments)
-    torch.set_num_threads(threads)
+    with on_threads(3):
+        first = op(*p.op_arguments)
+    with on_threads(1):
+        again = op(*p.op_arguments)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from penalty_oracle import assert_as_good_as_torch, clear_of_steps, per_token_penalty, problem
+from threads import on_threads
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lockin_fast
@@ -134,11 +135,9 @@ def test_independent_of_threads_and_of_company():
     with ThreadPoolExecutor(2) as pool:
         for i, got in enumerate(pool.map(lambda i: op(*arguments(*made[i % 2])), range(40))):
             same(got, expected[i % 2])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    again = op(*arguments(*made[0]))
-    torch.set_num_threads(threads)
-    same(again, expected[0])
+    for threads in (1, 3):
+        with on_threads(threads):
+            same(op(*arguments(*made[0])), expected[0])
 
 
 def test_opcheck_and_shapes_without_values():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from memory import printed
 from penalty_oracle import assert_as_good_as_torch, clear_of_steps, encode, problem
+from threads import on_threads
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lockin_fast
@@ -184,13 +185,10 @@ def test_threads_change_nothing():
     def run(_=None):
         return lockin_fast.encode_topk(p.h, p.weight, p.bias, 9, threshold=p.threshold)
 
-    expected, before = run(), torch.get_num_threads()
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
+    expected = run()
+    for threads in (1, 2, 5):
+        with on_threads(threads):
             assert_exact(run(), expected)
-    finally:
-        torch.set_num_threads(before)
     with ThreadPoolExecutor(2) as pool:
         for found in pool.map(run, range(4)):
             assert_exact(found, expected)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from memory import printed
 from penalty_oracle import assert_as_good_as_torch
+from threads import on_threads
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lockin_fast
@@ -183,12 +184,9 @@ def test_threads_change_nothing():
     bits = lockin_fast.js_divergence(x)
     with ThreadPoolExecutor(2) as pool:
         assert all(torch.equal(bits, again) for again in pool.map(lockin_fast.js_divergence, [x] * 4))
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1 if before > 1 else 3)
-        assert torch.equal(bits, lockin_fast.js_divergence(x))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 3):
+        with on_threads(threads):
+            assert torch.equal(bits, lockin_fast.js_divergence(x))
 
 
 def test_no_gradient_is_recorded():

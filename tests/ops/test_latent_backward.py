@@ -1,6 +1,7 @@
 import pytest
 import torch
 from penalty_oracle import assert_as_good_as_torch
+from threads import on_threads
 
 from lockin_fast.ops.latent_backward import latent_backward, latent_backward_
 
@@ -78,9 +79,8 @@ def test_no_tokens_or_no_latents(tokens, latents, poisoned_memory):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_deterministic_and_independent_of_threads(dtype):
     coefficient, scale, weight, grad = inputs(70, 123, 20, dtype)
-    first = latent_backward(coefficient, scale, weight, grad)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    again = latent_backward(coefficient, scale, weight, grad)
-    torch.set_num_threads(threads)
+    with on_threads(3):
+        first = latent_backward(coefficient, scale, weight, grad)
+    with on_threads(1):
+        again = latent_backward(coefficient, scale, weight, grad)
     assert torch.equal(first, again)

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from threads import on_threads
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lockin_fast.ops  # noqa: F401, registers the ops
@@ -204,12 +205,11 @@ def test_a_large_result_is_the_same_by_parts_and_on_any_number_of_threads(dtype,
     codes, absmax, outliers = quantize(h, 64, channels)
     aside = dequantize(codes, absmax, channels, outliers, 64, dtype)[:, channels.long()]
     assert torch.equal(aside, h[:, channels.long()])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    again = quantize(h, 64, None)
-    assert torch.equal(dequantize(*again[:2], None, None, 64, dtype), back)
-    torch.set_num_threads(threads)
-    assert torch.equal(again[0], whole[0]) and torch.equal(again[1], whole[1])
+    for threads in (1, 3):
+        with on_threads(threads):
+            again = quantize(h, 64, None)
+            assert torch.equal(dequantize(*again[:2], None, None, 64, dtype), back)
+        assert torch.equal(again[0], whole[0]) and torch.equal(again[1], whole[1])
 
 
 @not_interpreted

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from threads import on_threads
 
 from lockin_fast import patch_, quantize_nf4
 
@@ -161,10 +162,9 @@ def test_two_threads_at_once_and_any_number_of_threads():
     with ThreadPoolExecutor(2) as pool:
         for got, right in zip(pool.map(lambda case: patch_(case[0].clone(), *case[1:]), cases), expected, strict=True):
             assert torch.equal(got, right)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    assert torch.equal(patch_(cases[0][0].clone(), *cases[0][1:]), expected[0])
-    torch.set_num_threads(threads)
+    for threads in (1, 3):
+        with on_threads(threads):
+            assert torch.equal(patch_(cases[0][0].clone(), *cases[0][1:]), expected[0])
 
 
 @pytest.mark.parametrize(("width", "outliers"), [(192, 0), (192, 3), (1088, 3)])

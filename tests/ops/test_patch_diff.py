@@ -5,6 +5,7 @@ from importlib import import_module
 import pytest
 import torch
 from penalty_oracle import assert_as_good_as_torch
+from threads import on_threads
 
 from lockin_fast import patch_diff, quantize_nf4
 
@@ -144,10 +145,9 @@ def test_two_threads_at_once_and_any_number_of_threads():
     with ThreadPoolExecutor(2) as pool:
         for got, right in zip(pool.map(lambda case: patch_diff(*case), cases), expected, strict=True):
             assert all(map(torch.equal, got, right))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    assert all(map(torch.equal, patch_diff(*cases[0]), expected[0]))
-    torch.set_num_threads(threads)
+    for threads in (1, 3):
+        with on_threads(threads):
+            assert all(map(torch.equal, patch_diff(*cases[0]), expected[0]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from memory import printed
 from penalty_oracle import assert_as_good_as_torch
+from threads import on_threads
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lockin_fast
@@ -204,12 +205,9 @@ def test_threads_change_nothing():
     with ThreadPoolExecutor(2) as pool:
         calls = [pool.submit(lockin_fast.prefix_matching, *arguments) for _ in range(8)]
         assert all(torch.equal(score, call.result()) for call in calls)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1 if before > 1 else 3)
-        assert torch.equal(score, lockin_fast.prefix_matching(*arguments))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 3):
+        with on_threads(threads):
+            assert torch.equal(score, lockin_fast.prefix_matching(*arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from threads import on_threads
 
 from lockin_fast import RoutingStats, routing_stats
 
@@ -182,10 +183,9 @@ def test_two_threads_at_once_and_any_number_of_threads():
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda case: routing_stats(*case, num_classes=3, top_k=2), cases))
     assert all(map(same, results, expected))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    assert same(routing_stats(*cases[0], num_classes=3, top_k=2), expected[0])
-    torch.set_num_threads(threads)
+    for threads in (1, 3):
+        with on_threads(threads):
+            assert same(routing_stats(*cases[0], num_classes=3, top_k=2), expected[0])
 
 
 LOGITS, CLASSES = torch.zeros(4, 8), torch.zeros(4, dtype=torch.int64)

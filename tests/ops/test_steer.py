@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from penalty_oracle import assert_as_good_as_torch
+from threads import on_threads
 
 from lockin_fast import steer_
 
@@ -166,10 +167,9 @@ def test_two_threads_at_once_and_any_number_of_threads():
     with ThreadPoolExecutor(2) as pool:
         for got, right in zip(pool.map(lambda case: steer_(case[0].clone(), *case[1:]), cases), expected, strict=True):
             assert torch.equal(got, right)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    assert torch.equal(steer_(cases[0][0].clone(), *cases[0][1:]), expected[0])
-    torch.set_num_threads(threads)
+    for threads in (1, 3):
+        with on_threads(threads):
+            assert torch.equal(steer_(cases[0][0].clone(), *cases[0][1:]), expected[0])
 
 
 H, D, INDEX, C = torch.zeros(2, 3, 48), torch.ones(4, 48), torch.zeros(2, dtype=torch.int64), torch.ones(2)
