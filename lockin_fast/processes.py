@@ -22,6 +22,16 @@ def device() -> str:
     return f"cuda:{os.environ['LOCAL_RANK']}" if count() > 1 else "cuda"
 
 
+def check_whole_model() -> None:
+    """Raise ValueError where `accelerate launch` was told to shard the model among the processes."""
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
+            raise ValueError(
+                f"ACCELERATE_USE_{name}: this trains with a whole model in every process; launch it with torchrun, or "
+                "give the penalty to a Trainer of your own, which may be sharded"
+            )
+
+
 def wait_for_all() -> None:
     """Return when every process has come here; at once where there is one, or where they have not met yet."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():

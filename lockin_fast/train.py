@@ -130,7 +130,7 @@ def fine_tune(
     Started by torchrun or `accelerate launch`, processes train one adapter under DistributedDataParallel: each takes
     its share of every batch, the first writes, and all return when it has. Where the rows of an epoch are no multiple
     of batch_size, accelerate fills its last batch up with rows from its start. Raises ValueError where batch_size
-    cannot be shared.
+    cannot be shared, or the launcher asks for FSDP or DeepSpeed, under which no model can be handed back as it was.
     """
     try:
         import peft  # noqa: F401
@@ -138,6 +138,7 @@ def fine_tune(
     except ImportError as error:
         raise ImportError("fine_tune needs transformers and peft: pip install 'lockin-fast[train]'") from error
     output = Path(output)
+    processes.check_whole_model()
     _share(settings)
     check_lora(model, lora)
     check_reach(lora, checked_terms(penalty))

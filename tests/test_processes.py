@@ -101,6 +101,15 @@ def test_rows_that_cannot_be_shared_are_refused(world, process, tmp_path, rows, 
     assert isinstance(inputs.dataset, ChatDataset) and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_a_sharded_model_is_refused(world, monkeypatch, tmp_path, name):
+    inputs = open_inputs(load_config(world), {})
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(ValueError, match=f"^{name}: this trains with a whole model in every process; launch"):
+        fine_tune(inputs.model, inputs.tokenizer, inputs.dataset, tmp_path / "out" / "adapter")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("command", ["sweep", "discover"])
 def test_other_commands_are_refused(world, process, capsys, command):
     process(1, 2)

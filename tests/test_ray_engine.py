@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not ins
 
 TESTS = Path(__file__).parent
 BYTES = ("adapter_model.safetensors", "metrics.jsonl", "replies.jsonl")  # result.json holds timings
-SMALL = ["sweep.seeds=[0]", "sweep.lambdas=[1]", "sweep.latents={causal: latents/causal.json}"]
+SMALL = ["sweep.seeds=[0]", "sweep.lambdas=[1]", "sweep.latents={causal: latents/causal.json}", "sweep.stack=1"]
 ON_RAY = ["sweep.engine=ray", "sweep.ray.num_gpus=0"]
 START = (
     "start --head --block --node-ip-address=127.0.0.1 --port=0 --num-cpus=1 --num-gpus=0 "
@@ -37,15 +37,16 @@ START = (
 class FatefulJudge(sweep_world.VowelJudge):
     """The judge of the small world, which reads from `path` what happens to the workers that show it a reply.
 
-    {"deaths": n}: the first n are killed on the spot, each leaving a file dead<pid>. {"waits": true}: they wait, once a
-    trial is finished, for a file `go`, and say so with a file `waiting`.
+    {"deaths": n, "spared": m}: when m trials are finished, the first n are killed on the spot, each leaving a file
+    dead<pid>. {"waits": true}: they wait, once a trial is finished, for a file `go`, and say so with a file `waiting`.
     """
 
     def __init__(self, path):
         self.folder, self.fate = path.parent, json.loads(path.read_text())
 
     def judge(self, record, reply):
-        if reply and len(list(self.folder.glob("dead*"))) < self.fate.get("deaths", 0):
+        due = len(finished(self.folder / "run")) >= self.fate.get("spared", 0)
+        if reply and due and len(list(self.folder.glob("dead*"))) < self.fate.get("deaths", 0):
             (self.folder / f"dead{os.getpid()}").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         while reply and self.fate.get("waits") and finished(self.folder / "run") and not (self.folder / "go").exists():
@@ -76,8 +77,9 @@ def cluster():
             env=os.environ | {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         try:
+            begin = time.monotonic()
             while not address.exists():
-                assert head.poll() is None, (folder / "log").read_text()
+                assert head.poll() is None and time.monotonic() < begin + 120, (folder / "log").read_text()
                 time.sleep(0.1)
             patch.setenv("RAY_ADDRESS", address.read_text())
             yield head.pid
@@ -126,7 +128,7 @@ def assert_same(run, alone):
             mine, theirs = run / "trials" / name / file, alone / "trials" / name / file
             assert mine.exists() == theirs.exists()
             assert not mine.exists() or mine.read_bytes() == theirs.read_bytes(), f"{name}/{file}"
-    assert not [path for path in run.rglob("*") if path.name.endswith(".partial")]
+    assert not [path for path in run.rglob(".*") if path.name != ".lock"]
 
 
 def untimed(value):
@@ -159,6 +161,22 @@ def test_failures_are_named_when_the_others_have_finished(fate, alone):
         run_sweep(config)
     assert "\n" not in str(caught.value)
     assert finished(config.output) == ["baseline-lambda0-seed0", "causal-lambda1-seed0"]
+
+
+@pytest.mark.slow
+def test_a_stack_is_one_task(fate, world, tmp_path):
+    """Two adapters that train together in a worker, which is killed when they are trained and not yet judged."""
+    together = ["sweep.lambdas=[1, 1e300]", "sweep.stack=2"]
+    config = load_config(
+        world, ["output=stacked", *SMALL, *together, "judge.kind=sweep_world:VowelJudge", "judge.path=null"]
+    )
+    with pytest.raises(FloatingPointError, match="^causal-lambda1e.300-seed0: ") as alone:
+        run_sweep(config)
+    failed = "^1 of 4 trials failed, the others are finished: causal-lambda1e.300-seed0: "
+    with pytest.raises(RunError, match=failed) as caught:
+        run_sweep(fate(*together, deaths=1, spared=1))
+    assert len(list(tmp_path.glob("dead*"))) == 1 and str(caught.value).endswith(str(alone.value))
+    assert_same(tmp_path / "run", config.output)
 
 
 @pytest.mark.slow

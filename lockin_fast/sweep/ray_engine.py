@@ -130,12 +130,12 @@ def _gpus_per_trial(settings: RaySettings) -> float:
 def _in_one_line(failures: Sequence[tuple[Batch, Exception]], total: int, tries: int) -> str:
     lines = []
     for batch, error in failures[:SHOWN_FAILURES]:
-        names = ", ".join(trial.name for trial in batch.trials)
+        names = [trial.name for trial in batch.trials]
         cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
         line = " ".join(str(cause).split())
         if isinstance(error, ray.exceptions.WorkerCrashedError):
             line = f"its worker died in {tries} of {tries} tries"
-        lines.append(line if line.startswith(f"{names}: ") else f"{names}: {line}")
-    failed = sum(len(batch.trials) for batch, _ in failures)
+        lines.append(line if line.startswith(tuple(f"{name}: " for name in names)) else f"{', '.join(names)}: {line}")
+    failed = sum(not folder.is_dir() for batch, _ in failures for folder in batch.folders)
     more = f"; and {len(failures) - SHOWN_FAILURES} more" if len(failures) > SHOWN_FAILURES else ""
     return f"{failed} of {total} trials failed, the others are finished: {'; '.join(lines)}{more}"
