@@ -10,17 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lockin_fast import typed_mapping
+from lockin_fast.paper_names import PAPER_NAMES, translate
 from lockin_fast.sae.hub import HubPath, hub_path
 from lockin_fast.sweep_settings import BaselineSettings, SweepSettings
 from lockin_fast.train import LoraSettings, TrainSettings
 from lockin_fast.typed_mapping import ConfigError
 
-PAPER_NAMES = {
-    "block_latents_path": "block.latents",
-    "block_lambda": "block.weight",
-    "block_layer": "block.layer",
-    "block_on_assistant_only": "block.tokens",
-}
 NO_IDENTITY = (  # settings that change memory and speed, not results
     "train.micro_batch_size",
     "train.gradient_checkpointing",
@@ -217,11 +212,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     wrong type, a setting given under both of its names.
     """
     path = Path(path)
-    values, notes = _translate(_read(path), "")
+    values, notes = translate(_read(path), "")
     for override in overrides:
         key, value = _parse_override(override)
         if key in PAPER_NAMES:
-            translated, more = _translate({key: value}, "--set ")
+            translated, more = translate({key: value}, "--set ")
             section, name = PAPER_NAMES[key].split(".")
             key, value, notes = PAPER_NAMES[key], translated[section][name], notes + more
         _set(values, key, value)
@@ -259,31 +254,6 @@ def _parse_override(text: str) -> tuple[str, Any]:
         return key.strip(), yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {text}: the value is not valid YAML: {' '.join(str(error).split())}") from error
-
-
-def _translate(values: dict, where: str) -> tuple[dict, list[str]]:
-    """Replace the paper's names by ours in one source of settings; return it with notes for the user."""
-    notes = []
-    for theirs in PAPER_NAMES.keys() & values.keys():
-        section, name = PAPER_NAMES[theirs].split(".")
-        value = values.pop(theirs)
-        block = values.setdefault(section, {})
-        if not isinstance(block, dict) or name in block:
-            raise ConfigError(f"{where}{theirs}: {section}.{name} is given as well; keep one of the two")
-        if theirs == "block_layer":
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(
-                    f"{where}block_layer: expected an index into hidden_states of 1 or more, got {value!r};"
-                    " it counts the embeddings as 0, block.layer counts model.layers from 0"
-                )
-            notes.append(f"block_layer {value} is hidden_states[{value}], the output of model.layers[{value - 1}]")
-            value -= 1
-        elif theirs == "block_on_assistant_only":
-            if not isinstance(value, bool):
-                raise ConfigError(f"{where}block_on_assistant_only: expected true or false, got {value!r}")
-            value = "supervised" if value else "all"
-        block[name] = value
-    return values, notes
 
 
 def _set(values: dict, key: str, value: Any) -> None:

@@ -20,6 +20,7 @@ EXTRAS = {
     "cli": ("typer", "rich", "pyyaml"),
     "triton": ("triton",),
     "quantization": ("bitsandbytes",),
+    "trl": ("trl",),
     "ray": ("ray",),
 }
 MODULES = {"pyyaml": "yaml"}

@@ -6,7 +6,9 @@ import re
 import pytest
 import yaml
 
+from lockin_fast import typed_mapping
 from lockin_fast.config import Config, load_config
+from lockin_fast.paper_names import ELSEWHERE
 from lockin_fast.typed_mapping import ConfigError
 
 
@@ -161,6 +163,15 @@ def test_the_papers_names_as_overrides_replace_ours(write):
     path = write(block={"layer": 3, "weight": 1.0, "tokens": "all"})
     config = load_config(path, ["block_layer=2", "block_lambda=5", "block_on_assistant_only=true"])
     assert (config.block.layer, config.block.weight, config.block.tokens) == (1, 5.0, "supervised")
+
+
+def test_names_of_other_libraries_are_told_their_place(write):
+    known = {key for key, _ in typed_mapping.leaves(Config())}
+    for theirs, ours in ELSEWHERE.items():
+        assert re.split("[,:]", ours)[0] in known
+        with pytest.raises(ConfigError) as caught:
+            load_config(write(**{theirs: 1}))
+        assert str(caught.value) == f"{theirs}: unknown key; here it is {ours}"
 
 
 @pytest.mark.parametrize(

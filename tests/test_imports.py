@@ -20,7 +20,7 @@ LAYERS = [
     {"cache", "quantized"},
     {
         "chat", "blocking", "lora", "train", "generation", "organism", "judges", "config", "inputs", "discovery",
-        "sweep_settings", "variants",
+        "sweep_settings", "variants", "paper_names",
     },
     {"stacked"},
     {"sweep", "report", "monitor"},

@@ -73,6 +73,8 @@ def test_answering_does_not_repack_a_model_that_will_train():
 
 def test_a_repacked_model_is_refused():
     model = four_bit()
+    if not hasattr(model[0], "support_avx512bf16_for_cpu"):
+        pytest.skip("this bitsandbytes repacks nothing")
     model(torch.randn(1, 64))
     model[0].weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(ValueError, match="model: the 4-bit weight of 0 was repacked for inference"):

@@ -3,6 +3,8 @@
 import pytest
 import tiny_llama as tiny
 import torch
+import transformers
+from packaging.version import Version
 from test_trainer import adapted, adapter, history, largest_difference, make, rounding, rows  # noqa: F401
 
 from lockin_fast.blocking import BlockTrainer, layers
@@ -43,7 +45,9 @@ def test_the_tap_serves_and_trains_the_same_adapter(tmp_path, rows, monkeypatch,
 
     steps = 3 * MODES[mode].get("gradient_accumulation_steps", 1)
     (plain, moved, plain_penalty, counts), (tapped, _, penalty, tapped_counts) = train(False), train(True)
-    assert counts == (0, steps) and tapped_counts == (steps, 0)
+    # Before 5.22 transformers ran hooks inside the checkpoint, where the reentrant mode has no graph to tap.
+    untappable = mode == "reentrant" and Version(transformers.__version__) < Version("5.22")
+    assert counts == (0, steps) and tapped_counts == (counts if untappable else (steps, 0))
     # Under autocast a last bit of the sum may flip a bf16 rounding, in each of 3 steps and 2 layers below the tap.
     allowed = 3 * 2 * torch.finfo(torch.bfloat16).eps if mode == "autocast" else rounding(rows)
     assert largest_difference(plain, tapped) <= allowed * moved
