@@ -1,11 +1,8 @@
 """The cache of a run's reference, from its configuration: what `lockin-fast cache` writes and shows."""
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from lockin_fast.blocking.write_cache import CacheSource, write_hidden_states, write_latents
 from lockin_fast.cache import CacheError, open_cache
@@ -32,8 +29,6 @@ def run_cache(config: Config, progress: Progress = silent) -> dict[str, Any]:
         )
     config.require("block.layer", "cache.path")
     check_files(config, "model", "data.train", *(("sae",) if latents else ()))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # a GPU for each process of torchrun
     live = dataclasses.replace(config, block=dataclasses.replace(config.block, reference="live", margin=None))
     inputs = open_inputs(live, latents)
     cache, block = config.cache, config.block

@@ -16,10 +16,12 @@ def is_first() -> bool:
 
 
 def device() -> str:
-    """Where this process computes: the GPU of its number on this machine, or the CPU."""
+    """Where this process computes: a GPU, of several processes its own, which becomes the current one; or the CPU."""
     if not torch.cuda.is_available():
         return "cpu"
-    return f"cuda:{os.environ['LOCAL_RANK']}" if count() > 1 else "cuda"
+    if count() > 1:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return "cuda"
 
 
 def check_whole_model() -> None:

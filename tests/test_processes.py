@@ -134,9 +134,11 @@ def test_a_process_alone_waits_for_nobody(process):
 
 
 def test_every_process_has_its_own_gpu(process, monkeypatch):
+    chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert processes.device() == "cuda"
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert processes.device() == "cuda" and not chosen
     process(1, 2)
-    assert processes.device() == "cuda:1"
+    assert processes.device() == "cuda" and chosen == [1]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert processes.device() == "cpu"

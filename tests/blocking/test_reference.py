@@ -63,6 +63,19 @@ def test_nothing_after_the_layer_runs():
     assert reached == [0, 1]
 
 
+def test_a_sharded_model_runs_to_its_end():
+    """FSDP counts on every module that gathered its shards also ending its forward."""
+    model, kwargs, reached = adapted(random_b=True), batch(), []
+    for layer in range(tiny.LAYERS):
+        decoder_layer(model, layer).register_forward_hook(lambda *_, layer=layer: reached.append(layer))
+    expected = live_hidden_state(model, kwargs)
+    assert reached == [0, LAYER]
+    last = decoder_layer(model, tiny.LAYERS - 1)
+    last.__class__ = type("FSDPLayer", (type(last),), {})
+    assert torch.equal(live_hidden_state(model, kwargs), expected)
+    assert reached == [0, LAYER, *range(tiny.LAYERS)]
+
+
 def test_everything_is_put_back_when_the_forward_fails():
     model = adapted(random_b=True)
     before = state(model)
