@@ -79,7 +79,7 @@ def write_cache(
     key = {"kind": content.kind, **key, "text": plan.digest, "tokens": len(plan), "shards": len(plan.shards)}
 
     def measure() -> dict[str, Any]:
-        alone, batched = _sampled(plan, hidden_state, settings)
+        alone, batched = sampled(plan, hidden_state, settings)
         chosen, notes = content.settled(alone)
         write_item(folder, "noise", chosen.noise(alone, batched))
         return {**notes, "tokens_per_target": plan.tokens_per_target}
@@ -132,7 +132,7 @@ def _hidden(works: list[Work], hidden_state: HiddenState, batch_size: int) -> It
         yield wanted
 
 
-def _sampled(plan: Plan, hidden_state: HiddenState, settings: WriteSettings) -> tuple[Tensor, Tensor]:
+def sampled(plan: Plan, hidden_state: HiddenState, settings: WriteSettings) -> tuple[Tensor, Tensor]:
     """The same tokens' hidden states [n, d], each row alone in its batch, and rows of all lengths padded together."""
     works = plan.sample(settings.noise_tokens)
     batch_size = min(max(settings.batch_size, 2), len(works))
