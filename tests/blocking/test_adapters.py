@@ -1,6 +1,7 @@
 """Kinds of adapters and of base models: the eager loss, exactly zero at the start, lambda whatever the micro-batch."""
 
 import logging
+from importlib import import_module
 
 import pytest
 import tiny_llama as tiny
@@ -95,6 +96,16 @@ def test_the_loss_and_the_gradients_are_the_eager_ones(tmp_path, folders, rows, 
         assert (found[name] - exact).abs().max() <= allowed * exact.abs().max(), name
 
 
+def rounding_of(kind, rows):  # noqa: F811
+    """By how much three steps may differ in relation, where products of other shapes add in another order."""
+    step = None
+    if "bf16" in kind:
+        step = torch.finfo(torch.bfloat16).eps
+    elif kind == "int8" and not hasattr(import_module("bitsandbytes.autograd._functions"), "MatMul8bitFp"):
+        step = 1 / 127  # older versions round the activations to 8 bits too, in training on a CPU
+    return rounding(rows) if step is None else 3 * tiny.LAYERS * step
+
+
 @pytest.mark.parametrize("kind", EVERY)
 def test_the_first_penalty_is_exactly_zero_and_lambda_knows_no_micro_batch(tmp_path, folders, rows, kind):  # noqa: F811
     def train(micro, random_b):
@@ -111,8 +122,7 @@ def test_the_first_penalty_is_exactly_zero_and_lambda_knows_no_micro_batch(tmp_p
     _, _, penalty = train(8, False)
     assert penalty[0] == 0.0 < penalty[-1]
     whole, moved, penalty = train(8, True)
-    # In bf16 a row's own sums are rounded alike in every batch, but products of other shapes add in another order.
-    allowed = 3 * tiny.LAYERS * torch.finfo(torch.bfloat16).eps if "bf16" in kind else rounding(rows)
+    allowed = rounding_of(kind, rows)
     for micro in (4, 2):
         split, _, split_penalty = train(micro, True)
         assert largest_difference(whole, split) <= allowed * moved
