@@ -12,8 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from lockin_fast.doctor import Finding
-from lockin_fast.report import robustness
-from lockin_fast.report.text import HEADINGS, headline, table
 
 WIDE = 100  # columns that the whole table of a sweep takes
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
@@ -81,6 +79,8 @@ def _lines() -> Iterator[Any]:
 
 def show_summary(summary: Mapping[str, Any]) -> None:
     """The table of a sweep, its best setting in bold, and the headline. A narrow terminal gets fewer columns."""
+    from lockin_fast.report.text import HEADINGS, headline, table  # which load the kernels; doctor does not
+
     wide = Console(width=WIDE, highlight=False) if not out.is_terminal else out
     headings = HEADINGS if wide.width >= WIDE else HEADINGS[:-2]
     grid = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
@@ -101,6 +101,8 @@ def show_comparison(comparison: Mapping[str, Any]) -> None:
 
     A terminal too narrow for the table cuts its lines; the report has it whole.
     """
+    from lockin_fast.report import robustness
+
     names = [name for _, group in robustness.COLUMNS for name in group]
     rows = [names, *robustness.cells(comparison)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
