@@ -3,11 +3,9 @@
 import errno
 import json
 import os
-import re
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +18,9 @@ from lockin_fast.blocking.terms import LossTerm
 from lockin_fast.chat import ChatDataset, PaddingCollator
 from lockin_fast.lora import LoraSettings, borrowed_with_lora, check_lora, save_adapter
 from lockin_fast.rundir import held_partial
+from lockin_fast.watching import peak_bytes, reset_peak, watching
 
 _SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
-CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -69,20 +67,6 @@ class TrainSettings:
         micro = self.micro_batch_size
         divides = micro is None or (micro >= 1 and self.batch_size % micro == 0)
         require("micro_batch_size", divides, f"a divisor of batch_size={self.batch_size}")
-
-
-@dataclass(frozen=True)
-class EpochWatch:
-    """A `progress` that is told of epochs too: epoch_done(epoch, model) runs after each, the model in training mode.
-
-    What it does to the model's mode it has to undo; its time is not counted as training.
-    """
-
-    progress: Callable[[int, int], None]
-    epoch_done: Callable[[float, nn.Module], None]
-
-    def __call__(self, step: int, total: int) -> None:
-        self.progress(step, total)
 
 
 @dataclass(frozen=True)
@@ -153,7 +137,7 @@ def fine_tune(
     ):
         if processes.is_first():
             _check_space(partial, peft_model)
-        watch = _watch(progress)
+        watch = watching(progress)
         trainer = _trainer(peft_model, tokenizer, dataset, partial, settings, penalty, watch)
         reset_peak(model.device)
         trainer.train()
@@ -278,56 +262,3 @@ def _checkpointing(wanted: bool) -> dict:
     name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     # The reentrant mode needs inputs that require grad, and cuts hooks of older versions off.
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {}
-
-
-def _watch(progress):
-    """A trainer callback that times the steps, reports them, and closes the history with the last one."""
-    from transformers import TrainerCallback
-
-    class Watch(TrainerCallback):
-        def __init__(self):
-            self.times = [time.perf_counter()]
-            self.paused = 0.0
-
-        def on_train_begin(self, args, state, control, **kwargs):
-            self.times = [time.perf_counter()]
-
-        def on_step_end(self, args, state, control, **kwargs):
-            self.times.append(time.perf_counter() - self.paused)
-            if progress is not None:
-                progress(state.global_step, state.max_steps)
-            if state.global_step >= state.max_steps:
-                control.should_log = True
-
-        def on_epoch_end(self, args, state, control, model=None, **kwargs):
-            if isinstance(progress, EpochWatch):
-                start = time.perf_counter()
-                progress.epoch_done(round(state.epoch, 6), model)
-                self.paused += time.perf_counter() - start
-
-        def seconds_per_step(self) -> float:
-            start, *steps = self.times
-            if len(steps) > 1:
-                return (steps[-1] - steps[0]) / (len(steps) - 1)
-            return steps[0] - start
-
-    return Watch()
-
-
-def reset_peak(device: torch.device) -> None:
-    """Begin a new peak; see `peak_bytes`."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with suppress(OSError):
-            CLEAR_REFS.write_text("5")  # the high-water mark of the resident set; see proc_pid_clear_refs(5)
-
-
-def peak_bytes(device: torch.device) -> int | None:
-    """The peak since `reset_peak`, as in `TrainResult`."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if not os.access(CLEAR_REFS, os.W_OK):
-        return None  # the peak since the process began says nothing about this run
-    mark = re.search(r"^VmHWM:\s*(\d+) kB$", STATUS.read_text(), re.MULTILINE)
-    return int(mark[1]) * 1024 if mark else None

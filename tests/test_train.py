@@ -17,9 +17,11 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from lockin_fast import watching
 from lockin_fast.chat import ChatDataset
 from lockin_fast.lora import adapter
-from lockin_fast.train import EpochWatch, LoraSettings, TrainSettings, fine_tune
+from lockin_fast.train import LoraSettings, TrainSettings, fine_tune
+from lockin_fast.watching import EpochWatch
 
 LORA = LoraSettings(r=4, alpha=8)
 SETTINGS = TrainSettings(steps=3, batch_size=8, learning_rate=1e-2, logging_steps=2)
@@ -119,7 +121,7 @@ IN_A_PROCESS = """
 import logging
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what it says when PEFT imports it is not ours
 import sys, torch, tiny_llama as tiny
-from lockin_fast.train import EpochWatch, LoraSettings, TrainSettings, fine_tune
+from lockin_fast.train import LoraSettings, TrainSettings, fine_tune
 torch.set_num_threads(1)
 fine_tune(tiny.model(), tiny.tokenizer(), tiny.conversations(24), sys.argv[1], lora=LoraSettings(r=4, alpha=8),
           settings=TrainSettings(steps=2, batch_size=8), penalty=tiny.penalty())
@@ -167,7 +169,7 @@ def test_the_peak_is_of_this_run(tmp_path, tokenizer, rows, monkeypatch):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result = train(tiny.model(), tokenizer, rows, tmp_path / "a")
     assert 2**24 < result.peak_bytes < before - 2**27
-    monkeypatch.setattr(sys.modules["lockin_fast.train"], "CLEAR_REFS", tmp_path / "no folder" / "absent")
+    monkeypatch.setattr(watching, "CLEAR_REFS", tmp_path / "no folder" / "absent")
     assert train(tiny.model(), tokenizer, rows, tmp_path / "b").peak_bytes is None
 
 
@@ -303,7 +305,7 @@ def test_a_loss_that_is_not_finite_writes_no_adapter(tmp_path, tokenizer, rows):
 
 def test_epochs_are_told_and_their_time_is_not_training(tmp_path, tokenizer, rows, monkeypatch):
     told, away, clock = [], [0.0], time.perf_counter
-    monkeypatch.setattr("lockin_fast.train.time.perf_counter", lambda: clock() + away[0])
+    monkeypatch.setattr("lockin_fast.watching.time.perf_counter", lambda: clock() + away[0])
 
     def epoch_done(epoch, model):
         told.append((epoch, model.training, type(model).__name__))

@@ -26,9 +26,8 @@ from lockin_fast.train import (
     TrainSettings,
     check_reach,
     padding_id,
-    peak_bytes,
-    reset_peak,
 )
+from lockin_fast.watching import peak_bytes, reset_peak
 
 
 @dataclass(frozen=True)

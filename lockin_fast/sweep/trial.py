@@ -15,7 +15,8 @@ from lockin_fast.lora import adapter
 from lockin_fast.rundir import atomic_folder, write_json, write_json_lines
 from lockin_fast.sweep.methods import Setup, set_up
 from lockin_fast.sweep.plan import Trial
-from lockin_fast.train import EpochWatch, fine_tune
+from lockin_fast.train import fine_tune
+from lockin_fast.watching import EpochWatch
 
 Step = Callable[[int, int], None]
 Row = Mapping[str, Any]
