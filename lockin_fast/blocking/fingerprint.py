@@ -26,12 +26,12 @@ def model_key(model: nn.Module, layer: int, autocast: str = "no") -> dict[str, A
     Cost: one read of the parameters. Raises ValueError for a layer the model does not have.
     """
     decoder_layer(model, layer)
-    quantization = getattr(getattr(text_config(model), "quantization_config", None), "quant_method", None)
+    quantized = getattr(text_config(model), "quantization_config", None)
     digests = {name: _digest(parameter) for name, parameter in _base_parameters(model, layer)}
     return {
         "layer": layer,
         "autocast": autocast,
-        "quantization": "none" if quantization is None else str(getattr(quantization, "value", quantization)),
+        "quantization": "none" if quantized is None else _kind_of(quantized),
         "model": digests,
     }
 
@@ -40,6 +40,16 @@ def check_cache(cache: TokenStore, model: nn.Module, layer: int, autocast: str =
     """Raise CacheError naming what differs unless `cache` was written from this base model, layer and precision."""
     key = model_key(model, layer, autocast)
     check_same(cache.path, {name: cache.manifest.get(name) for name in key}, key, REMEDY)
+
+
+def _kind_of(quantized) -> str:
+    """The name of a quantisation: nf4, fp4 and llm_int8 of bitsandbytes, the method's of other libraries."""
+    if hasattr(quantized, "quantization_method"):
+        return str(quantized.quantization_method())
+    if isinstance(quantized, dict):
+        return str(quantized.get("quant_method"))
+    method = getattr(quantized, "quant_method", type(quantized).__name__)
+    return str(getattr(method, "value", method))
 
 
 def _base_parameters(model: nn.Module, layer: int):

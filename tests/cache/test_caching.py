@@ -80,6 +80,27 @@ def test_a_pool_of_files_and_hidden_states(world):
     assert not (world.parent / "noisy").exists()
 
 
+def test_a_4_bit_model_has_a_cache_of_its_own(world, written):
+    pytest.importorskip("bitsandbytes")
+    quantised = [*BLOCKED, "quantization=nf4", "cache.path=nf4-cache"]
+    run_cache(load_config(world, quantised))
+    live = run_training(load_config(world, [*quantised, "output=nf4-live"]))
+    cached = run_training(load_config(world, [*quantised, "output=nf4-cached", "block.reference=cache"]))
+    assert cached["penalty"] == pytest.approx(live["penalty"], rel=1e-6) and live["penalty"] > 0
+    mixed = [*quantised, *CACHED, "output=refused"]
+    with pytest.raises(ConfigError, match="written for another quantization: there it is 'none', here 'nf4'"):
+        run_training(load_config(world, mixed))
+
+
+def test_8_bit_products_that_depend_on_the_batch_are_noise_and_refused(world):
+    """LLM.int8 takes the channels with outliers anywhere in the batch out of its 8 bits."""
+    pytest.importorskip("bitsandbytes")
+    quantised = [*BLOCKED, "quantization=int8", "cache.path=int8-cache"]
+    assert run_cache(load_config(world, quantised))["sets"][0]["sigma_max"] > 0.01
+    with pytest.raises(ConfigError, match="block.reference: .*noise of the cache alone would cost"):
+        run_training(load_config(world, [*quantised, "block.reference=cache", "output=refused"]))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
