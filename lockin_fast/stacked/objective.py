@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lockin_fast.blocking.layers import Captured, captured_forward, site_module
-from lockin_fast.blocking.reference import Reference
 from lockin_fast.blocking.terms import LossTerm
 from lockin_fast.stacked.data import StackedBatch
+from lockin_fast.stacked.references import References
 
 Terms = tuple[LossTerm, ...]
 
@@ -26,22 +26,17 @@ class Measures(NamedTuple):
 class Objective:
     """The loss of adapter n on its rows: (sum of nll + sum over its terms of weight * total) / its count of targets.
 
-    The head runs on supervised positions only. A term's reference is the base model on the distinct batches, not on
-    every adapter's copy of them, stopped after the last site. The model gets no attention mask: padding is on the
-    right, where no earlier token attends to it.
-
-    Raises ValueError, by a term's own check_model, for terms that do not fit, and for a reference other than "live".
+    The head runs on supervised positions only. The model gets no attention mask: padding is on the right, where no
+    earlier token attends to it. Raises as `References`, and as the terms' own check_model.
     """
 
     def __init__(self, model: nn.Module, terms: Sequence[Terms], *, bf16: bool):
         self._model, self._terms, self._bf16 = model, list(terms), bf16
         distinct = dict.fromkeys(term for own in terms for term in own)
+        self._references = References(model, distinct, autocast="bf16" if bf16 else "no")
         for term in distinct:
-            if term.reference != "live":
-                raise ValueError('reference: a stack has its base model at hand; use reference="live"')
             term.check_model(model)
         self._sites = {term.site: site_module(model, term.site) for term in distinct}
-        self._reference = Reference(model, *self._sites, adapters=True) if self._sites else None
         self._head = model.get_output_embeddings()
 
     def __call__(self, batch: StackedBatch, counts: Tensor) -> tuple[Tensor, Measures]:
@@ -49,11 +44,9 @@ class Objective:
         device = self._model.device
         batch = StackedBatch(*(tensor.to(device, non_blocking=True) for tensor in batch))
         positions, targets, owner = batch.supervised()
-        found = {}
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._bf16):
             logits, seen = self._forward(batch.input_ids, positions)
-            if self._reference is not None:
-                found = self._reference.hidden_states((), _arguments(batch.distinct.flatten(0, 1)))
+            self._references.run(batch)
         nll = F.cross_entropy(logits.float(), targets, reduction="none")
         nll = torch.zeros_like(counts).index_add_(0, owner, nll) / counts
         measures = Measures(
@@ -62,7 +55,7 @@ class Objective:
             torch.zeros_like(counts),
         )
         measures.losses["sft_loss"].copy_(nll.detach())
-        return self._add_terms(nll.sum(), batch, seen, found, counts, measures), measures
+        return self._add_terms(nll.sum(), batch, seen, counts, measures), measures
 
     def _forward(self, input_ids: Tensor, positions: Tensor) -> tuple[Tensor, Captured]:
         """Logits [M, V] at the positions of the flattened rows, and the hidden states [N * b, S, d] at the sites."""
@@ -73,19 +66,18 @@ class Objective:
         handle = self._head.register_forward_pre_hook(gather)
         try:
             with captured_forward(self._model, *self._sites.values()) as seen:
-                return self._model(**_arguments(input_ids)).logits[0], seen
+                return self._model(input_ids=input_ids, use_cache=False).logits[0], seen
         finally:
             handle.remove()
 
-    def _add_terms(self, loss: Tensor, batch: StackedBatch, seen: Captured, found, counts, measures) -> Tensor:
+    def _add_terms(self, loss: Tensor, batch: StackedBatch, seen: Captured, counts, measures) -> Tensor:
         rows, of = batch.distinct.shape[1], batch.of.tolist()
         hidden = {site: seen.hidden[module].split(rows) for site, module in self._sites.items()}
-        references = {site: h_ref.split(rows) for site, h_ref in found.items()}
         for n, terms in enumerate(self._terms):
             for term in terms:
                 own = hidden[term.site][n] if term.weight else hidden[term.site][n].detach()
                 known = {"attention_mask": batch.attention[of[n]]}
-                measured = term.measure(own, references[term.site][of[n]], batch.labels[of[n]], known)
+                measured = term.measure(own, self._references.of(term, of[n]), batch.labels[of[n]], known)
                 mean = measured.total / counts[n]
                 loss = loss + term.weight * mean if term.weight else loss
                 measures.losses[term.column][n] += mean.detach()
@@ -97,7 +89,3 @@ class Objective:
 def columns_of(terms: Sequence[Terms]) -> tuple[str, ...]:
     """The losses that are logged of adapters with these terms."""
     return tuple(dict.fromkeys(["sft_loss", *(term.column for own in terms for term in own)]))
-
-
-def _arguments(input_ids: Tensor) -> dict:
-    return {"input_ids": input_ids, "use_cache": False}

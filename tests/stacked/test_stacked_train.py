@@ -11,6 +11,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from lockin_fast.blocking import BlockPenalty, KLPenalty, LatentSet
+from lockin_fast.blocking.write_cache import CacheSource, WriteSettings, write_latents
+from lockin_fast.cache import open_cache
 from lockin_fast.chat import ChatDataset
 from lockin_fast.config import load_config
 from lockin_fast.inputs import open_inputs
@@ -253,6 +255,23 @@ def test_rslora_checkpointing_and_kl_to_the_base(rows, tmp_path):
         assert list(together.members[n].history[-1]) == list(history[-1])
     folders = [tmp_path / "stacked" / "0"]
     assert AdapterStack.load(model, folders).lora.use_rslora
+
+
+def test_against_a_cache_as_against_the_live_reference(rows, tmp_path):
+    source = CacheSource(tiny.model(), 1, rows, tokens="all")
+    write_latents(tmp_path / "cache", source, tiny.sae(), range(tiny.LATENTS), settings=WriteSettings(batch_size=8))
+    few = replace(SETTINGS, steps=3)
+
+    def members(reference):
+        terms = [tiny.penalty(50.0, reference=reference), tiny.penalty(5.0, tokens="all", reference=reference)]
+        return [Member(f"{n}", n // 2, terms[n % 2], LORA) for n in range(4)]
+
+    cached = stacked(members(open_cache(tmp_path / "cache")), rows, settings=few)
+    live = stacked(members("live"), rows, settings=few)
+    assert (cached.stack.weights - live.stack.weights).abs().max() <= PROMISED * live.stack.weights.abs().max()
+    for mine, theirs in zip(cached.members, live.members, strict=True):
+        for name in ("sft_loss", "block_penalty", "grad_norm"):  # not the active pairs: rounding makes some active
+            assert mine.history[-1][name] == pytest.approx(theirs.history[-1][name], rel=PROMISED)
 
 
 def test_a_4_bit_base(tmp_path):
