@@ -64,6 +64,11 @@ def main(arguments=None):
             for turn in range(options.rounds):
                 for name in taken:
                     taken[name].append(in_subprocess(options, number, name, Path(kept) / f"{name}{turn}"))
+            if case.micro_batch_size > 1:
+                in_subprocess(options, number, "halved", Path(kept) / "halved")
+                floor = differences(Path(kept) / "halved", Path(kept) / "single0")
+                print(f"  single runs in half the micro-batch, apart by rounding: weights differ by {floor[0]}"
+                      f" (of a matrix' largest: {floor[1]})")  # fmt: skip
             rows += [row_of(case, name, runs, taken["stacked"], Path(kept)) for name, runs in taken.items()]
     if rows and not options.case:
         print(f" written to {write_csv('stacked_sweep', rows)}")
@@ -137,7 +142,7 @@ def measured(options, case):
     """One sweep in this process: its seconds, in all and in parts, and its highest resident memory."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     config, latents = configured(options, case)
-    sweep = {"stacked": stacked, "single": single, "eager": eager}[options.measure]
+    sweep = {"stacked": stacked, "single": single, "eager": eager, "halved": halved}[options.measure]
     with tempfile.TemporaryDirectory() as folder:  # a first step, so that everything lazy is loaded
         short = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1))
         sweep(short, latents, trials(options)[:2], Path(folder) / "warm")
@@ -214,6 +219,12 @@ def single(config, latents, sweep, out):
     return loading, training
 
 
+def halved(config, latents, sweep, out):
+    """Single runs in micro-batches of half the size: what rounding alone, amplified by training, does to weights."""
+    train = dataclasses.replace(config.train, micro_batch_size=config.train.micro_batch_size // 2)
+    return single(dataclasses.replace(config, train=train), latents, sweep, out)
+
+
 def eager(config, latents, sweep, out):
     from benchmarks.eager_adapters_off import eager_fine_tune
     from lockin_fast.generation import generate
@@ -257,7 +268,7 @@ def parser():
     made.add_argument("--steps", type=int, default=120)
     made.add_argument("--rounds", type=int, default=3)
     made.add_argument("--case", default="", help="only cases whose label holds this; nothing is written then")
-    made.add_argument("--measure", choices=("stacked", "single", "eager"), help=argparse.SUPPRESS)
+    made.add_argument("--measure", choices=("stacked", "single", "eager", "halved"), help=argparse.SUPPRESS)
     made.add_argument("--number", type=int, help=argparse.SUPPRESS)
     made.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     return made

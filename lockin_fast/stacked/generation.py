@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lockin_fast.generation import decoding, generating, pad_left, tokenised
+from lockin_fast.stacked.size import rows_of_a_generation
 from lockin_fast.stacked.stack import AdapterStack
 
 
@@ -18,8 +19,8 @@ def generate_stacked(
 ) -> list[list[str]]:  # fmt: skip
     """The replies of every adapter of the stack to `prompts`: per adapter what `generate` gives for it alone.
 
-    A batch holds the same prompts for as many adapters as keep it within `batch_size` rows, one at least, so that it
-    needs no more memory than a batch of one adapter. With a temperature, adapter n draws from a generator of its own,
+    A batch holds the same prompts for several adapters, in `rows_of_a_generation` rows or those of one adapter: little
+    more memory than a batch of one adapter takes. With a temperature, adapter n draws from a generator of its own,
     seeded with seeds[n], what its single run would draw: nothing once its own rows have ended. So the replies are those
     of the single run but for rounding, which may tip a token whose probabilities nearly tie.
 
@@ -37,7 +38,8 @@ def generate_stacked(
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch, attention = pad_left([ids[i] for i in rows], config.pad_token_id, device)
-            at_once = max(1, batch_size // len(rows))
+            most = rows_of_a_generation(model, batch.shape[1] + max_new_tokens, batch_size)
+            at_once = max(1, most // len(rows))
             for first in range(0, len(stack), at_once):
                 last = min(first + at_once, len(stack))
                 sampler = _Sampler(draws[first:last], config.eos_token_id, temperature) if temperature else None

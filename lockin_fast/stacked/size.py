@@ -6,6 +6,7 @@ from lockin_fast.blocking.layers import text_config
 from lockin_fast.train import TrainSettings
 
 FORWARD_BYTES = 192 * 2**20  # of activations a forward may keep, also where the user's micro-batch keeps less
+GENERATION_BYTES = 96 * 2**20
 MOST_ADAPTERS = 16  # beyond, rows of more adapters take turns and nothing is gained
 
 
@@ -19,6 +20,13 @@ def rows_of_a_forward(model: nn.Module, longest: int, settings: TrainSettings) -
     wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     kept = 4 * config.num_hidden_layers * (16 * config.hidden_size + 5 * wide)  # bytes a token, for the backward
     return max(settings.micro_batch_size or settings.batch_size, FORWARD_BYTES // (kept * longest))
+
+
+def rows_of_a_generation(model: nn.Module, length: int, batch_size: int) -> int:
+    """Rows that are answered at once: `batch_size`, or what has 96 MB of keys and values at this length, if more."""
+    config = text_config(model)
+    cached = 4 * 2 * config.num_hidden_layers * config.hidden_size * length
+    return max(batch_size, GENERATION_BYTES // cached)
 
 
 def rows_of_an_adapter(adapters: int, rows: int, settings: TrainSettings) -> int:

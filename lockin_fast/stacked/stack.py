@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ from lockin_fast.lora import LoraSettings, borrowed_with_lora, check_lora, save_
 from lockin_fast.stacked.linear import Factors, StackedLinear, Window, check_base
 
 PREFIX = "base_model.model."  # of PEFT's names for the modules of the base model
+WEIGHTS = "adapter_model.safetensors"
 
 
 class AdapterStack:
@@ -59,7 +62,7 @@ class AdapterStack:
             names = list(_peft_layers(peft_model))
         rows = []
         for folder in folders:
-            tensors = load_file(folder / "adapter_model.safetensors")
+            tensors = load_file(Path(folder) / WEIGHTS)
             try:
                 rows.append(torch.cat([
                     _row(*(tensors[f"{PREFIX}{name}.lora_{side}.weight"] for side in "AB")) for name in names
@@ -114,21 +117,35 @@ class AdapterStack:
 def exporting(model: nn.Module, lora: LoraSettings) -> Iterator[Callable[[Tensor, Path], None]]:
     """Yields save(row [P], folder), which writes one adapter of a stack as `save_adapter` writes that of a single run.
 
-    PEFT writes it, so that the files are PEFT's in every version. Raises as `save_adapter`.
+    PEFT writes one of these settings; what it says beside the weights is then the same for all, and so is their file
+    but for the weights. save raises FloatingPointError for weights that are not finite.
     """
-    with borrowed_with_lora(model, lora, 0) as peft_model:
-        layers = _peft_layers(peft_model).values()
+    from safetensors import safe_open
+    from safetensors.torch import save_file
 
-        @torch.no_grad()
+    with tempfile.TemporaryDirectory() as name:
+        made = Path(name)
+        with borrowed_with_lora(model, lora, 0) as peft_model:
+            save_adapter(peft_model, made)
+            layers = {
+                module_name: (layer.lora_A.default.weight, layer.lora_B.default.weight)
+                for module_name, layer in _peft_layers(peft_model).items()
+            }
+        with safe_open(made / WEIGHTS, framework="pt") as file:
+            header = file.metadata()
+
         def save(row: Tensor, folder: Path) -> None:
-            start = 0
-            for layer in layers:
-                down, up = layer.lora_A.default.weight, layer.lora_B.default.weight
-                middle, stop = start + down.numel(), start + down.numel() + up.numel()
-                down.copy_(row[start:middle].view_as(down))
-                up.copy_(row[middle:stop].view_as(up.T).T)
+            if not row.isfinite().all():
+                raise FloatingPointError("the adapter's weights are not finite; lower the learning rate or lambda")
+            tensors, start = {}, 0
+            for module_name, factors in layers.items():
+                middle, stop = start + factors[0].numel(), start + factors[0].numel() + factors[1].numel()
+                parts = row[start:middle].view_as(factors[0]), row[middle:stop].view_as(factors[1].T).T
+                for side, part, like in zip("AB", parts, factors, strict=True):
+                    tensors[f"{PREFIX}{module_name}.lora_{side}.weight"] = part.to(like.dtype).contiguous().cpu()
                 start = stop
-            save_adapter(peft_model, folder)
+            shutil.copytree(made, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(WEIGHTS))
+            save_file(tensors, folder / WEIGHTS, metadata=header)
 
         yield save
 

@@ -16,6 +16,7 @@ from lockin_fast.cache import open_cache
 from lockin_fast.chat import ChatDataset
 from lockin_fast.config import load_config
 from lockin_fast.inputs import open_inputs
+from lockin_fast.lora import adapter, save_adapter
 from lockin_fast.sae import SparseAutoencoder
 from lockin_fast.stacked import AdapterStack, Member, train_stack
 from lockin_fast.stacked.size import adapters_of_a_stack, rows_of_a_forward, rows_of_an_adapter
@@ -97,6 +98,22 @@ def test_every_adapter_is_that_of_a_run_of_its_own(n, result, adapters, rows, tm
     for name in ("adapter_config.json", "README.md"):
         assert (adapters[0] / str(n) / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
     assert (adapters[0] / str(n) / "metrics.jsonl").exists() is False  # the caller's to write
+
+
+def test_the_files_are_those_that_peft_writes(result, tmp_path):
+    """To the byte, weights included."""
+    stack = result.stack
+    with exporting(stack.model, LORA) as save:
+        save(stack.weights[1], tmp_path / "ours")
+        with pytest.raises(FloatingPointError, match="not finite"):
+            save(torch.full_like(stack.weights[1], torch.inf), tmp_path / "broken")
+    with adapter(tiny.model(), tmp_path / "ours") as loaded:
+        save_adapter(loaded, tmp_path / "theirs")
+    folders = tmp_path / "ours", tmp_path / "theirs"
+    ours, theirs = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
+    differing = {name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)}
+    assert differing <= {"adapter_config.json"}  # which says that it was loaded for inference
+    assert not (tmp_path / "broken").exists()
 
 
 def test_the_members_differ(adapters):
