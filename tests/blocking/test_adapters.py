@@ -24,8 +24,11 @@ KINDS = {
     "int8": ({}, "int8", torch.float32, False),
     "DoRA on NF4": ({"use_dora": True}, "nf4", torch.float32, False),
 }
-SLOW = ("DoRA on NF4",)
-EVERY = [pytest.param(kind, marks=pytest.mark.slow if kind in SLOW else ()) for kind in KINDS]
+
+
+def every(*quick):
+    """The kinds; all but the quick ones are slow, four trainings each."""
+    return [pytest.param(kind, marks=() if kind in quick else pytest.mark.slow) for kind in KINDS]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +72,7 @@ def eager_loss(model, batch, penalty):
     return output.loss, block, hidden.dtype
 
 
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_and_the_gradients_are_the_eager_ones(tmp_path, folders, rows, kind):  # noqa: F811
     batch = PaddingCollator(0)([rows[i] for i in range(8)])
     penalty = tiny.penalty(5e5 if "DoRA" in kind else 500.0)  # the row lengths of DoRA hold the latents back
@@ -106,7 +109,7 @@ def rounding_of(kind, rows):  # noqa: F811
     return rounding(rows) if step is None else 3 * tiny.LAYERS * step
 
 
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("kind", every("DoRA", "NF4, residual stream in bf16"))
 def test_the_first_penalty_is_exactly_zero_and_lambda_knows_no_micro_batch(tmp_path, folders, rows, kind):  # noqa: F811
     def train(micro, random_b):
         model = build(folders, kind, random_b=random_b)

@@ -100,7 +100,7 @@ def assert_same(run, expected):
     torch.testing.assert_close(logs, wanted_logs, rtol=ROUNDING, atol=0.0)
 
 
-@pytest.mark.parametrize("micro", [2, 8])
+@pytest.mark.parametrize("micro", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_accumulation_leaves_lambda_alone(tmp_path, rows, padded, micro):
     options = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": 16 // micro}
     assert_same(trained(tmp_path, rows, **options), padded)

@@ -18,9 +18,10 @@ MODES = {
     "not reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
     "clipped": {"max_grad_norm": 1e-3},
 }
+QUICK = ("accumulated", "autocast", "reentrant")
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [pytest.param(m, marks=() if m in QUICK else pytest.mark.slow) for m in MODES])
 def test_the_tap_serves_and_trains_the_same_adapter(tmp_path, rows, monkeypatch, mode):  # noqa: F811
     added, made = [], []
     add, gradient = gradient_tap.latent_backward_, block_penalty.latent_backward
