@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lockin_fast.blocking.layers import Site, is_compiled, is_sharded, residual_stream, site_module, text_config, unwrap
 from lockin_fast.quantized import is_quantized
 
-_LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch")
+_LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "fused_lm_head")  # the last is TRL's
 
 
 class _Reached(Exception):

@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig
 from test_trainer import adapted, adapter, eager_loss, history, largest_difference
 
-from lockin_fast.blocking import LatentBlockMixin, attach
+from lockin_fast.blocking import LatentBlockMixin, attach, reference
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 datasets = pytest.importorskip("datasets", reason="datasets is not installed")
@@ -130,3 +130,9 @@ def test_an_attached_trainer_that_makes_its_own_adapter(tmp_path, rows):
     attach(trainer, tiny.penalty(50.0)).train()
     first, second = history(trainer, "block_penalty")
     assert first == 0.0 < second and "mean_token_accuracy" in trainer.state.log_history[0]
+
+
+def test_a_reference_that_runs_to_its_end_makes_no_loss(tmp_path, rows, padded, monkeypatch):
+    """As under FSDP, whose collectives must not be cut short; TRL's own head would ask for labels."""
+    monkeypatch.setattr(reference, "is_sharded", lambda model: True)
+    assert_same(trained(tmp_path, rows), padded)
