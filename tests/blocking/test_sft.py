@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig
 from test_trainer import adapted, adapter, eager_loss, history, largest_difference
 
+from lockin_fast import CacheSource, open_cache, write_latents
 from lockin_fast.blocking import LatentBlockMixin, attach, reference
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
@@ -136,3 +137,13 @@ def test_a_reference_that_runs_to_its_end_makes_no_loss(tmp_path, rows, padded, 
     """As under FSDP, whose collectives must not be cut short; TRL's own head would ask for labels."""
     monkeypatch.setattr(reference, "is_sharded", lambda model: True)
     assert_same(trained(tmp_path, rows), padded)
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_free": True, "max_length": None}, {"packing": True}], ids=str)
+def test_a_cache_serves_them_all(tmp_path, rows, padded, options):
+    """It is written from the rows as the trainer tokenised them, before anything is packed."""
+    tokenised = make(BlockSFTTrainer, tmp_path, adapted(), rows).train_dataset
+    documents = [{"input_ids": torch.tensor(row["input_ids"])} for row in tokenised]
+    write_latents(tmp_path / "cache", CacheSource(tiny.model(), 1, documents, "all"), tiny.sae(), tiny.LATENT_SET)
+    penalty = tiny.penalty(500.0, reference=open_cache(tmp_path / "cache"))
+    assert_same(trained(tmp_path, rows, penalty=penalty, **options), padded)
