@@ -5,9 +5,11 @@ import tiny_llama as tiny
 import torch
 from peft import LoraConfig
 from test_trainer import adapted, adapter, eager_loss, history, largest_difference
+from transformers import AutoModelForCausalLM
 
 from lockin_fast import CacheSource, open_cache, write_latents
 from lockin_fast.blocking import LatentBlockMixin, attach, reference
+from lockin_fast.quantized import quantization_config
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 datasets = pytest.importorskip("datasets", reason="datasets is not installed")
@@ -38,8 +40,9 @@ def rows():
 def make(cls, folder, model, rows, *, penalty=None, peft_config=None, **options):
     arguments = trl.SFTConfig(
         output_dir=str(folder), use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, bf16=False,
-        gradient_checkpointing=False, optim="sgd", shuffle_dataset=False,
+        optim="sgd", shuffle_dataset=False,
         **{
+            "gradient_checkpointing": False,
             "max_length": LENGTH, "learning_rate": 0.1, "max_steps": 2, "per_device_train_batch_size": 16,
             "logging_steps": 1, **options,
         },
@@ -147,3 +150,22 @@ def test_a_cache_serves_them_all(tmp_path, rows, padded, options):
     write_latents(tmp_path / "cache", CacheSource(tiny.model(), 1, documents, "all"), tiny.sae(), tiny.LATENT_SET)
     penalty = tiny.penalty(500.0, reference=open_cache(tmp_path / "cache"))
     assert_same(trained(tmp_path, rows, penalty=penalty, **options), padded)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_4_bit_base_in_trls_own_way(tmp_path, rows, packing):
+    """TRL casts the adapters to bf16 and checkpoints the layers; packed rows bring no attention mask."""
+    pytest.importorskip("bitsandbytes")
+    tiny.model(dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype="auto", device_map={"": "cpu"},
+        quantization_config=quantization_config("nf4", torch.bfloat16),
+    )  # fmt: skip
+    trainer = make(
+        BlockSFTTrainer, tmp_path, base, rows, penalty=tiny.penalty(50.0), peft_config=LoraConfig(r=4), packing=packing,
+        max_steps=4, gradient_checkpointing=True,
+    )  # fmt: skip
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.bfloat16}
+    trainer.train()
+    first, *later = history(trainer, "block_penalty")
+    assert first == 0.0 < later[-1]
