@@ -15,6 +15,7 @@ RATES = (
 )
 DASHED = {"color": INK, "linestyle": (0, (5, 3)), "linewidth": 1.4, "zorder": 2}
 MARKERS = "osD^vP"
+NEARLY_ZERO = 1e-5  # of the largest penalty
 
 Summary = Mapping[str, Any]
 Traces = Mapping[str, Sequence[tuple[float, float]]]
@@ -60,7 +61,7 @@ def _draw_rates(figure: Any, summary: Summary, traces: Traces, name: str, lambda
         _rate_axis(axes, key)
         axes.set_title(title)
     for value, look in zip(lambdas, _shades(len(lambdas)), strict=True):
-        _draw_trace(panels["trace"], _rows(summary, name, value), traces, look)
+        _draw_trace(panels["trace"], _rows(summary, name, value), traces, look, _floor(traces))
     panels["trace"].sharex(panels["em"])
     panels["trace"].set_title("Penalty on the blocked latents, without λ")
     panels["trace"].set_xlabel("epoch")
@@ -80,7 +81,7 @@ def _draw_sets(figure: Any, summary: Summary, traces: Traces, sets: Sequence[str
                 continue
             look = {"color": chosen[name].color, "marker": chosen[name].marker, "markersize": 4.5, "linewidth": 2.0}
             rates.plot(*_mean(rows, "em"), **look, label=f"{name}, {rows[0]['latent_count']} latents")
-            _draw_trace(penalties, rows, traces, look)
+            _draw_trace(penalties, rows, traces, look, _floor(traces))
         _rate_axis(rates, "em")
         rates.set_title(f"λ = {value:,g}")
         penalties.set_xlabel("epoch")
@@ -89,15 +90,20 @@ def _draw_sets(figure: Any, summary: Summary, traces: Traces, sets: Sequence[str
     _legend(figure, grid[0][0])
 
 
-def _draw_trace(axes: Any, rows: Sequence[Mapping], traces: Traces, look: Mapping[str, Any]) -> None:
-    """The penalty in training, a thin line for each seed, on a logarithmic axis."""
+def _draw_trace(axes: Any, rows: Sequence[Mapping], traces: Traces, look: Mapping[str, Any], floor: float) -> None:
+    """The penalty in training, a thin line for each seed, on a logarithmic axis that ends at `floor`."""
     for row in rows:
-        points = [(epoch, value) for epoch, value in traces.get(row["name"], ()) if value > 0]
+        points = [(epoch, max(value, floor)) for epoch, value in traces.get(row["name"], ())]
         if points:
             axes.plot(*zip(*points, strict=True), color=look["color"], linewidth=1.5)
     axes.set_yscale("log")
     _epoch_axis(axes)
     axes.yaxis.set_major_formatter(lambda value, _: short_number(value))
+
+
+def _floor(traces: Traces) -> float:
+    """Where the logarithmic axis of the penalty ends: what is less, zero too, is drawn there."""
+    return max((value for points in traces.values() for _, value in points), default=0.0) * NEARLY_ZERO or NEARLY_ZERO
 
 
 def _rate_axis(axes: Any, key: str) -> None:

@@ -26,8 +26,8 @@ CAPTIONS = {
     "strength, each line one method. Up: less misalignment. Left and right: what became of the learned task; shaded: "
     "more than two points of it lost. A hollow marker adds more than two points of incoherent replies.",
     "epochs": "The same rates after every epoch, for each λ; dashed: without blocking. Below: the penalty itself, "
-    "without λ, as it was in training. Misalignment that rises while the penalty stays near zero has found another way "
-    "than the blocked latents.",
+    "without λ, in training; what is less than 1e-5 of the largest is drawn as that. Misalignment beside a penalty near"
+    " zero has found another way than the blocked latents.",
     "epochs_sets": "Misalignment after every epoch with each latent set, one column a λ; dashed: without blocking. "
     "Below: each set's own penalty, without λ.",
 }
