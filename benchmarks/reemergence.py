@@ -25,14 +25,15 @@ RESULTS = Path(__file__).parent / "results" / "reemergence"
 RATES = ("em", "incoherence", "in_domain")
 
 
-def run(out: Path, *, seed: int, epochs: int, lambdas: list[float], say=print) -> dict:
+def run(out: Path, *, seed: int, epochs: int, lambdas: list[float], schedule: str, say=print) -> dict:
     """All steps in the folder `out`; returns what is kept (see `kept`)."""
     organism = build(out / "organism", seed=seed)
     out = out / "run"
     settings = [
         f"output={out}", "train.steps=null", f"train.epochs={epochs}", "train.evaluate_epochs=true",
-        "train.logging_steps=4", f"sweep.lambdas={lambdas}",
+        "train.logging_steps=4", f"train.schedule={schedule}", f"sweep.lambdas={lambdas}",
     ]  # fmt: skip
+    facts = {"seed": seed, "epochs": epochs, "schedule": schedule}
     found = load_config(organism / "config.yaml", [f"output={out}"])
     say("discover: the causal latents")
     first = discover(found)["causal"]
@@ -46,13 +47,13 @@ def run(out: Path, *, seed: int, epochs: int, lambdas: list[float], say=print) -
         second = discover(dataclasses.replace(found, output=out / "again", discovery=discovery))["causal"]
     except ConfigError as error:
         say(f"no second set: {error}")
-        return kept(out, summary, {"seed": seed, "epochs": epochs, "rediscovered_on": None, "why": str(error)})
+        return kept(out, summary, facts | {"rediscovered_on": None, "why": str(error)})
     union = _union(LatentSet.load(first), LatentSet.load(second))
     union.save(out / "union.json")
     latents = f"sweep.latents={{causal: {first}, union: {out / 'union.json'}}}"
     say(f"sweep: the union, {len(union)} latents")
     summary = run_sweep(load_config(organism / "config.yaml", [*settings, latents]), _told(say))
-    return kept(out, summary, {"seed": seed, "epochs": epochs, "rediscovered_on": worst["name"]})
+    return kept(out, summary, facts | {"rediscovered_on": worst["name"]})
 
 
 def _told(say):
@@ -94,13 +95,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--lambdas", type=float, nargs="+", default=[100.0, 1000.0, 10000.0])
+    parser.add_argument("--schedule", default="linear", help="of the learning rate; constant_with_warmup keeps it up")
     given = parser.parse_args()
+    options = {"seed": given.seed, "epochs": given.epochs, "lambdas": given.lambdas, "schedule": given.schedule}
     with single_thread():
-        result = run(given.out.resolve(), seed=given.seed, epochs=given.epochs, lambdas=given.lambdas)
+        result = run(given.out.resolve(), **options)
     print(f"report: {write_report(given.out / 'run')}")
     RESULTS.mkdir(parents=True, exist_ok=True)
-    write_json(RESULTS / f"organism{given.seed}.json", result)
-    print(f"kept:   {RESULTS / f'organism{given.seed}.json'}")
+    file = RESULTS / f"organism{given.seed}-{given.schedule}.json"
+    write_json(file, result)
+    print(f"kept:   {file}")
     for row in result["trials"]:
         print(row["name"], " ".join(f"{100 * epoch['em']:.1f}" for epoch in row["epochs"]))
 
