@@ -74,7 +74,7 @@ def _row(row: Mapping[str, Any], name: str, *, best: bool = False) -> TableRow:
     change, penalty, seconds = row.get("em_reduction"), row["penalty"], row["seconds_per_step"]
     cells = (
         f"{name} ({row['latent_count']})" if row["latents"] else name,
-        "–" if row["lambda"] is None else f"{row['lambda']:,g}",
+        "–" if row["lambda"] is None or row.get("method") == "ablation" else f"{row['lambda']:,g}",
         *(percent(row["em"], row.get("em_std")), "–" if change is None else signed_percent(-change)),
         *(percent(row[key], row.get(f"{key}_std")) for key in ("in_domain", "incoherence")),
         *("–" if value is None else f"{value:.3g}" for value in (penalty, seconds)),

@@ -234,6 +234,7 @@ def test_methods_stand_in_the_table_and_never_win_the_headline():
     summary = with_methods(made_summary())
     names = [row.cells[0] for row in table(summary)]
     assert {"kl", "steering shift", "ablation causal", "frozen above"} <= set(names)
+    assert [row.cells[1] for row in table(summary) if row.cells[0] == "ablation causal"] == ["–"], "it has no strength"
     assert summary["best"] == made_summary()["best"] and headline(summary) == headline(made_summary())
     assert set(summary["best_per_set"]) == {"causal", "top-delta", "random"}
     assert summary["best_per_method"]["kl"]["lambda"] == 0.1, "1.0 costs more than two points of in-domain"
