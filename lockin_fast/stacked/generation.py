@@ -74,14 +74,15 @@ class _Sampler:
 
     def __init__(self, draws: Sequence[torch.Generator], end: int | Sequence[int], temperature: float):
         self._draws, self._temperature = draws, temperature
-        self._end = torch.as_tensor([end] if isinstance(end, int) else list(end), device=draws[0].device)
+        ends = [end] if isinstance(end, int) else list(end)
+        self._padding, self._end = ends[0], torch.as_tensor(ends, device=draws[0].device)
         self._ended: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         probabilities = (scores / self._temperature).softmax(-1).unflatten(0, (len(self._draws), -1))
         if self._ended is None:
             self._ended = torch.zeros(probabilities.shape[:2], dtype=torch.bool, device=scores.device)
-        chosen = torch.full(probabilities.shape[:2], int(self._end[0]), device=scores.device)
+        chosen = torch.full(probabilities.shape[:2], self._padding, device=scores.device)
         for n, ended in enumerate(self._ended.all(1).tolist()):
             if not ended:
                 chosen[n] = torch.multinomial(probabilities[n], 1, generator=self._draws[n])[:, 0]

@@ -42,11 +42,13 @@ class Objective:
     def __call__(self, batch: StackedBatch, counts: Tensor) -> tuple[Tensor, Measures]:
         """(the sum over adapters of their losses, to call backward on; what was measured). counts: fp32 [N]."""
         device = self._model.device
-        batch = StackedBatch(*(tensor.to(device, non_blocking=True) for tensor in batch))
-        positions, targets, owner = batch.supervised()
+        # What depends on the data's content is found where the data is, so that nothing waits for a GPU.
+        positions, targets, owner = (tensor.to(device, non_blocking=True) for tensor in batch.supervised())
+        self._of = batch.of.tolist()
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._bf16):
-            logits, seen = self._forward(batch.input_ids, positions)
-            self._references.run(batch)
+            logits, seen = self._forward(batch.input_ids.to(device, non_blocking=True), positions)
+            self._references.run(batch, device)
+        batch = StackedBatch(*(tensor.to(device, non_blocking=True) for tensor in batch))
         nll = F.cross_entropy(logits.float(), targets, reduction="none")
         nll = torch.zeros_like(counts).index_add_(0, owner, nll) / counts
         measures = Measures(
@@ -71,7 +73,7 @@ class Objective:
             handle.remove()
 
     def _add_terms(self, loss: Tensor, batch: StackedBatch, seen: Captured, counts, measures) -> Tensor:
-        rows, of = batch.distinct.shape[1], batch.of.tolist()
+        rows, of = batch.distinct.shape[1], self._of
         hidden = {site: seen.hidden[module].split(rows) for site, module in self._sites.items()}
         for n, terms in enumerate(self._terms):
             for term in terms:

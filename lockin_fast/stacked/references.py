@@ -35,12 +35,12 @@ class References:
                 raise ValueError('reference: a stack has its base model at hand; use reference="live", or a cache')
         self._live = Reference(model, *dict.fromkeys(live), adapters=True) if live else None
 
-    def run(self, batch: StackedBatch) -> None:
-        """Run the base model on a batch, under the caller's autocast; `of` then answers for this batch."""
-        self._batch, self._keys, self._read = batch, None, {}
+    def run(self, batch: StackedBatch, device: torch.device) -> None:
+        """Run the base model on a batch on the CPU, under the caller's autocast; `of` then answers for this batch."""
+        self._batch, self._device, self._keys, self._read = batch, device, None, {}
         self._hidden = {}
         if self._live is not None:
-            arguments = {"input_ids": batch.distinct.flatten(0, 1), "use_cache": False}
+            arguments = {"input_ids": batch.distinct.flatten(0, 1).to(device, non_blocking=True), "use_cache": False}
             self._hidden = self._live.hidden_states((), arguments)
 
     def of(self, term: LossTerm, which: int):
@@ -56,9 +56,9 @@ class References:
         return {name: tensor[part] for name, tensor in self._read[key].items()}
 
     def _look_up(self, term: LossTerm) -> dict[str, Tensor]:
-        ids, labels, attention = (getattr(self._batch, name).flatten(0, 1).cpu() for name in StackedBatch._fields[:3])
+        ids, labels, attention = (getattr(self._batch, name).flatten(0, 1) for name in StackedBatch._fields[:3])
         if self._keys is None:
             self._keys = token_keys(ids, attention)
         wanted = token_mask(term.tokens, labels, {"attention_mask": attention}, torch.empty(*ids.shape, 1))
         found = looked_up(term.cached, self._keys, wanted, ids)
-        return {name: tensor.to(self._batch.distinct.device) for name, tensor in found.items()}
+        return {name: tensor.to(self._device, non_blocking=True) for name, tensor in found.items()}

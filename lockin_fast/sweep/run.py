@@ -78,7 +78,9 @@ def run_sweep(config: Config, progress: Progress = silent) -> dict[str, Any]:
     missing = batches(trials, run / "trials", stacks(trials, inputs))
     replies = sum(map(len, exam.prompts.values()))
     folders = sum(len(batch.folders) for batch in missing)
-    check_place(run, SLACK_BYTES + folders * (adapter_bytes(inputs) + BYTES_PER_REPLY * replies))
+    largest = max((len(batch.trials) for batch in missing), default=1)  # a stack keeps weights and moments on the way
+    kept = 3 * largest * adapter_bytes(inputs) if largest > 1 else 0
+    check_place(run, SLACK_BYTES + kept + folders * (adapter_bytes(inputs) + BYTES_PER_REPLY * replies))
 
     with claim(run, "sweep", entry | {"versions": versions()}, may_grow=MAY_GROW) as record:
         write_config(config, run)
