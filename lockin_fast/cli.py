@@ -98,6 +98,39 @@ def cache(config: ConfigFile, set_: Overrides = None) -> None:
     terminal.line(f"next: lockin-fast sweep {config} --set block.reference=cache")
 
 
+@app.command(epilog="Example: lockin-fast plan --model llama-3.1-8b --gpu rtx4090 --set train.micro_batch_size=4")
+def plan(
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="CONFIG_OR_ID", help="A configuration (.yaml), a model folder, a config.json, or a name of a model."
+        ),
+    ],
+    gpu: Annotated[str, typer.Option(help="Its memory, such as 24GB, or its name, such as rtx4090 or h100.")],
+    set_: Overrides = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Where z_ref is from: live, cache, second (a second model), or none.")
+    ] = None,
+    latents: Annotated[int | None, typer.Option(min=1, help="How many latents are blocked.")] = None,
+    flops: Annotated[float | None, typer.Option(help="Products a second that the device reaches, e.g. 80e12.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="Bytes a second that it copies, e.g. 8e11.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Take the rates of this machine, measured now.")] = False,
+) -> None:
+    """Predict peak memory and step time, and what to change to fit, without loading weights. Exits 1 if it does not."""
+    from lockin_fast import plan as planning
+
+    config = _load(Path(model), set_) if model.endswith((".yaml", ".yml")) else _load(None, set_)
+    device = planning.read_device(gpu, flops, bandwidth)
+    if model.endswith((".yaml", ".yml")):
+        config.require("model")
+    work = planning.read_workload(config, config.model or model, reference=reference, latents=latents)
+    device = planning.measured(device, work.dtype) if measure else device
+    found = planning.make_plan(work, device)
+    terminal.show_plan(found)
+    if not found.fits:
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: lockin-fast train config.yaml --set block.weight=1000 --set output=runs/blocked")
 def train(config: ConfigFile, set_: Overrides = None) -> None:
     """Fine-tune one LoRA adapter, with blocking when block.latents and block.weight are given. Runs under torchrun."""
@@ -205,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _load(path: Path, overrides: list[str] | None):
+def _load(path: Path | None, overrides: list[str] | None):
     from lockin_fast.config import load_config
 
     config = load_config(path, overrides or ())

@@ -203,16 +203,16 @@ def _without_paths(value: Any) -> Any:
     return typed_mapping.plain(value)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read the YAML file at `path`, apply `overrides` ("key.sub=value", values parsed as YAML) and check all types.
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read the YAML file at `path` (None: defaults), apply `overrides` ("key.sub=value", YAML) and check all types.
 
     The names of the paper's scripts are accepted at the top level: block_latents_path, block_lambda, block_layer (their
     index into hidden_states: 20 is the output of model.layers[19]) and block_on_assistant_only.
     Raises ConfigError with one line that names the key: unreadable file, unknown key (with the nearest known one),
     wrong type, a setting given under both of its names.
     """
-    path = Path(path)
-    values, notes = translate(_read(path), "")
+    path = None if path is None else Path(path)
+    values, notes = translate({} if path is None else _read(path), "")
     for override in overrides:
         key, value = _parse_override(override)
         if key in PAPER_NAMES:
@@ -220,7 +220,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             section, name = PAPER_NAMES[key].split(".")
             key, value, notes = PAPER_NAMES[key], translated[section][name], notes + more
         _set(values, key, value)
-    folder = path.resolve().parent
+    folder = Path.cwd() if path is None else path.resolve().parent
     if isinstance(sae := values.get("sae"), str):
         values["sae"] = hub_path(sae, folder) or sae
     config = typed_mapping.build(Config, values, folder=folder)

@@ -136,6 +136,64 @@ def show_findings(findings: Sequence[Finding]) -> None:
         out.print(Text.assemble(f"  {finding.name:<{width}}  ", tag, finding.value), soft_wrap=True)
 
 
+def show_plan(plan: Any) -> None:
+    """The parts of the peak and of a step, the verdict, and what to change, as tables."""
+    memory, usable = plan.memory, plan.device.usable
+    grid = _grid("memory at the peak", "GiB")
+    for name, size in memory.parts.items():
+        grid.add_row(f"{name} ({memory.working})" if name == "working set" else name, _gib(size))
+    grid.add_row("peak", _gib(memory.peak), style="bold")
+    grid.add_row(f"usable of {plan.device.name}", _gib(usable))
+    if memory.disk:
+        grid.add_row("on disk, a million tokens", _gib(memory.disk))
+    line()
+    out.print(grid)
+    line()
+    timed = plan.seconds is not None
+    grid = _grid("a step of the whole batch", "TFLOP", "GB moved", *(["seconds"] if timed else []))
+    for part in plan.steps:
+        seconds = [f"{part.seconds(plan.device):,.3f}"] if timed else []
+        grid.add_row(part.name, f"{part.flops / 1e12:,.2f}", f"{part.bytes / 1e9:,.1f}", *seconds)
+    if timed:
+        grid.add_row("all, one after the other", "", "", f"{plan.seconds:,.3f}", style="bold")
+    out.print(grid)
+    line(
+        f"rates: {plan.device.source}; an estimate for comparing configurations"
+        if timed
+        else "no rates are known of this device: name a GPU, give --flops and --bandwidth, or --measure them"
+    )
+    line()
+    spare = usable - memory.peak
+    sentence(
+        f"It fits: {_gib(spare)} GiB to spare."
+        if plan.fits
+        else f"It does not fit: {_gib(-spare)} GiB more than there is."
+    )
+    if plan.suggestions:
+        line()
+        grid = _grid("change, cheapest first", "alone", "with those above")
+        for change in plan.suggestions:
+            sizes = [
+                f"{_gib(size)}{' fits' if size <= usable else '     '}" for size in (change.alone, change.together)
+            ]
+            grid.add_row(change.setting, *sizes)
+        out.print(grid)
+    if not plan.fits and (not plan.suggestions or plan.suggestions[-1].together > usable):
+        sentence("Nothing here makes it fit: take a smaller model, shorter rows or a larger GPU.")
+
+
+def _grid(first: str, *numbers: str) -> Table:
+    grid = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    grid.add_column(first, no_wrap=True)
+    for heading in numbers:
+        grid.add_column(heading, justify="right", no_wrap=True)
+    return grid
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:,.2f}"
+
+
 def show_values(values: Mapping[str, Any]) -> None:
     """Names and values below each other."""
     width = max(map(len, values))

@@ -16,7 +16,7 @@ import torch
 from lockin_fast import cli, doctor
 from lockin_fast.judges import KINDS
 
-COMMANDS = ("doctor", "organism", "cache", "discover", "train", "sweep", "report", "demo")
+COMMANDS = ("doctor", "organism", "cache", "discover", "plan", "train", "sweep", "report", "demo")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -268,3 +268,33 @@ def test_the_doctor_knows_every_extra_that_can_be_installed():
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     assert set(doctor.EXTRAS) == set(project["optional-dependencies"]) - {"test", "all"}
+
+
+def test_plan_predicts_and_says_what_to_change(command):
+    status, out, err = command("plan", "--model", "llama-3.1-8b", "--gpu", "h100", "--set", "train.micro_batch_size=1")
+    assert status == 0 and not err and "It fits" in out and "base model" in out and "seconds" in out
+    status, out, err = command("plan", "--model", "llama-3.1-8b", "--gpu", "24GB")
+    assert status == 1 and not err and "It does not fit" in out and "no rates are known" in out
+    assert "train.micro_batch_size=" in out and "train.gradient_checkpointing=true" in out and "fits" in out
+    rates = ("--flops", "1e12", "--bandwidth", "1e11")
+    status, out, _ = command("plan", "--model", "llama-3.1-8b", "--gpu", "2GB", *rates)
+    assert status == 1 and "Nothing here makes it fit" in out and "as given" in out
+
+
+def test_plan_of_a_configuration_is_of_its_model(command, world):
+    status, out, err = command("plan", "--model", world, "--gpu", "1GB", "--reference", "none", "--measure")
+    assert status == 0 and not err and "measured here" in out and "reference forward" not in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "llama-3.1-8b", "--gpu", "big"], "gpu: got 'big', expected a size such as 24GB"),
+        (["--model", "llama-3.1-8b", "--gpu", "1GB", "--reference", "disk"], "reference: got 'disk'"),
+        (["--model", "llama-3.1-8b", "--gpu", "1GB", "--set", "lora.rank=3"], "lora.rank: unknown key"),
+        (["--model", "nowhere.yaml", "--gpu", "1GB"], "nowhere.yaml: no such configuration file"),
+    ],
+)
+def test_plan_names_what_is_wrong(command, words, message):
+    status, out, err = command("plan", *words)
+    assert status == 1 and not out and err.startswith(f"error: {message}") and err.count("\n") == 1

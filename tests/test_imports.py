@@ -25,6 +25,7 @@ LAYERS = [
     {"stacked"},
     {"sweep", "report", "monitor"},
     {"caching"},
+    {"plan"},
     {"doctor", "demo", "terminal"},
     {"cli"},
 ]

@@ -18,8 +18,14 @@ def rows_of_a_forward(model: nn.Module, longest: int, settings: TrainSettings) -
     """
     config = text_config(model)
     wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    kept = 4 * config.num_hidden_layers * (16 * config.hidden_size + 5 * wide)  # bytes a token, for the backward
-    return max(settings.micro_batch_size or settings.batch_size, FORWARD_BYTES // (kept * longest))
+    cheap = cheap_rows(config.num_hidden_layers, config.hidden_size, wide, longest)
+    return max(settings.micro_batch_size or settings.batch_size, cheap)
+
+
+def cheap_rows(layers: int, width: int, wide: int, longest: int) -> int:
+    """Rows that keep no more than FORWARD_BYTES, in a model of these sizes (wide: of the MLP)."""
+    kept = 4 * layers * (16 * width + 5 * wide)  # bytes a token, for the backward
+    return FORWARD_BYTES // (kept * longest)
 
 
 def rows_of_a_generation(model: nn.Module, length: int, batch_size: int) -> int:
