@@ -211,8 +211,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     Raises ConfigError with one line that names the key: unreadable file, unknown key (with the nearest known one),
     wrong type, a setting given under both of its names.
     """
-    path = None if path is None else Path(path)
-    values, notes = translate({} if path is None else _read(path), "")
+    values, notes = translate({} if path is None else _read(Path(path)), "")
     for override in overrides:
         key, value = _parse_override(override)
         if key in PAPER_NAMES:
@@ -220,7 +219,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
             section, name = PAPER_NAMES[key].split(".")
             key, value, notes = PAPER_NAMES[key], translated[section][name], notes + more
         _set(values, key, value)
-    folder = Path.cwd() if path is None else path.resolve().parent
+    folder = Path.cwd() if path is None else Path(path).resolve().parent
     if isinstance(sae := values.get("sae"), str):
         values["sae"] = hub_path(sae, folder) or sae
     config = typed_mapping.build(Config, values, folder=folder)
