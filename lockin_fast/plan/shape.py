@@ -119,6 +119,8 @@ def shape_of(model, name: str) -> Shape:
             f"model: {name} is not built like Llama (its layers have {', '.join(part for part, _, _ in linear)}; "
             f"expected {', '.join(LINEAR)}), which is what the plan's formulas are for"
         )
+    if getattr(config, "attn_logit_softcapping", None):
+        raise ValueError(f"model: {name} caps its attention scores, and so keeps them, which no plan counts")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     embedding = model.get_input_embeddings().weight.numel()
     elements = len(layers) * sum(inputs * outputs for _, inputs, outputs in linear)

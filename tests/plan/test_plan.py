@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config
+from transformers import Gemma2Config, LlamaConfig, LlamaForCausalLM, Qwen3Config
 
 from lockin_fast.config import load_config
 from lockin_fast.plan import make_plan, read_device, read_workload
@@ -59,6 +59,9 @@ def test_models_like_llama_count_and_others_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.import_module("huggingface_hub.constants"), "HF_HUB_OFFLINE", True)
     Qwen3Config(**TINY, head_dim=8).save_pretrained(tmp_path)
     assert read_shape(tmp_path).head_norm
+    Gemma2Config(**TINY, head_dim=8).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="caps its attention scores"):
+        read_shape(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2}))
     with pytest.raises(ValueError, match="is not built like Llama .its layers have"):
         read_shape(tmp_path)
