@@ -79,7 +79,7 @@ class LatentReference(Reference):
     threshold: Tensor | None  # fp32 [K]
 
     def take(self, place: np.ndarray) -> dict[str, Tensor]:
-        return {"z": self._gated(self.store.gather("z", place)[:, self.columns])}
+        return {"z": self._gated(self.store.gather("z", place, self.columns))}
 
     def arguments(self, taken: dict[str, Tensor]) -> dict[str, Tensor]:
         """As `block_penalty` takes them: z_ref [B, S, K]."""

@@ -67,15 +67,16 @@ class TokenStore:
         at = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
         return np.where(self._keys[at] == keys, self._order[at], -1)
 
-    def gather(self, name: str, place: np.ndarray) -> Tensor:
-        """The values [n, ...] called `name` of the tokens at `place`."""
+    def gather(self, name: str, place: np.ndarray, columns: Tensor | None = None) -> Tensor:
+        """The values [n, w] called `name` of the tokens at `place`, of these columns (int64) where given."""
         stored = self._shards[0][name]
-        out = torch.empty((len(place), *stored.shape[1:]), dtype=stored.dtype)
+        out = torch.empty((len(place), stored.shape[1] if columns is None else len(columns)), dtype=stored.dtype)
         shard = np.searchsorted(self._starts, place, side="right") - 1
         for number in np.unique(shard):
             rows = np.flatnonzero(shard == number)
             index = torch.from_numpy(place[rows] - self._starts[number])
-            out[torch.from_numpy(rows)] = self._shards[number][name][index]
+            values = self._shards[number][name]
+            out[torch.from_numpy(rows)] = values[index] if columns is None else values[index[:, None], columns]
         return out
 
 
