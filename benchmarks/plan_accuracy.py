@@ -41,7 +41,7 @@ DEEP = SMALL | {"num_hidden_layers": 10}
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
-def cases():
+def fine_tunes():
     """(name, model, dtype, fields of the workload) of every case."""
     plain = {"targets": ATTENTION, "rank": 8, "micro_batch": 4, "length": 128, "layer": 1, "padded": False}
     everything = plain | {"targets": LINEAR}
@@ -156,7 +156,7 @@ def allocation_peak(function) -> int:
 
 def main():
     rows = []
-    for name, model, dtype, fields in cases():
+    for name, model, dtype, fields in fine_tunes():
         if not all(word in name for word in sys.argv[1:]):
             continue
         work, measured = measure(model, dtype, fields)

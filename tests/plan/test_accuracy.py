@@ -20,7 +20,7 @@ EVERYDAY = (
     "wide vocabulary float32, padded",
     "small bfloat16, stack of 4, all modules",
 )
-OTHERS = [name for name, *_ in plan_accuracy.cases() if name not in (*EVERYDAY, OUTSIDE)]
+OTHERS = [name for name, *_ in plan_accuracy.fine_tunes() if name not in (*EVERYDAY, OUTSIDE)]
 SLOW = pytest.mark.slow  # more than a second each, and the same arithmetic
 
 
@@ -31,7 +31,7 @@ def test_predicted_peak(name):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        (case,) = [rest for case, *rest in plan_accuracy.cases() if case == name]
+        (case,) = [rest for case, *rest in plan_accuracy.fine_tunes() if case == name]
         work, measured = plan_accuracy.measure(*case)
     finally:
         torch.set_num_threads(threads)
@@ -42,7 +42,7 @@ def test_predicted_peak(name):
 def test_the_results_are_those_of_every_case_and_as_claimed():
     with open(RESULTS, encoding="utf-8") as file:
         ratios = {row["case"]: float(row["predicted_over_measured"]) for row in csv.DictReader(file)}
-    assert list(ratios) == [name for name, *_ in plan_accuracy.cases()]
+    assert list(ratios) == [name for name, *_ in plan_accuracy.fine_tunes()]
     assert not {name: ratio for name, ratio in ratios.items() if not LOWEST <= ratio <= HIGHEST and name != OUTSIDE}
 
 
