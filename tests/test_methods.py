@@ -319,9 +319,9 @@ def test_what_cannot_work_is_refused_before_any_training(world, override, messag
     assert not (world.parent / "refused").exists()
 
 
-def test_the_front_pages_settings_are_understood(tmp_path):
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    (block,) = [text.split("```")[0] for text in readme.split("```yaml\n") if "baselines:" in text.split("```")[0]]
+def test_the_pages_settings_are_understood(tmp_path):
+    page = (Path(__file__).parents[1] / "docs/methods.md").read_text()
+    (block,) = [text.split("```")[0] for text in page.split("```yaml\n") if "baselines:" in text.split("```")[0]]
     (tmp_path / "run.yaml").write_text(block)
     config = load_config(tmp_path / "run.yaml", [f"output={tmp_path / 'run'}"])
     names = {trial.name for trial in plan(config)}
