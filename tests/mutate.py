@@ -94,7 +94,9 @@ def build(tree, mutation):
     run([CMAKE, "--build", ".", "--target", *targets], folder, tree, mutation)
     commands = run([CMAKE, "--build", ".", "--", "-t", "commands", "liblockin_fast_cpu.so"], folder, tree, mutation)
     run(["sh", "-c", commands.splitlines()[-1]], folder, tree, mutation)
-    run([CMAKE, "--install", "."], folder, tree, mutation)
+    # CMake's installation takes a file for the one that is there when both were written in the same second.
+    for library in (tree / "lockin_fast").rglob("*.so"):
+        shutil.copy(folder / library.name, library)
 
 
 def run_tests(tree, mutation):
