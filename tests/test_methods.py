@@ -274,7 +274,15 @@ def test_what_a_stack_cannot_train_is_told(inputs):
         ("baselines.components=0", r"baselines.components: got \[0\]"),
         ("baselines.strength=1", "baselines.strength: unknown key"),
         ("discovery.misaligned=null", "discovery.misaligned: missing"),
-        ("lora.layers=[2]", r"lora.layers: all of \[2\] are above the blocked layer 1; nothing would train"),
+        (
+            "lora.layers=[2]; baselines.frozen_above=[0]",
+            r"lora.layers: all of \[2\] are above the blocked layer 1; nothing would train",
+        ),
+        ("lora.layers=[2]", "lora.layers: the lowest is 2, above the penalised layer 1, so the penalty could change"),
+        (
+            "lora.layers=[1, 2]",  # of the set that blocks the layers 0 and 2
+            "lora.layers: the lowest is 1, above the penalised layer 0, so the penalty could change nothing",
+        ),
         ("sweep.sizes=[0]", r"sweep.sizes: got \[0\], expected 1 or more"),
         ("sweep.sizes=[]", r"sweep.sizes: got \[\], expected one or more"),
         ("sweep.sizes=[9]", "latents causal-k9: k: got 9, expected 1 to 4, the size of the set"),

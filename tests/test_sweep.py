@@ -613,6 +613,20 @@ def test_latents_without_a_weight_train_nothing(copied, no_training):
         run_training(load_config(copied / "config.yaml", ["block.latents=latents/causal.json", "block.weight=0"]))
 
 
+def test_a_penalty_out_of_the_adapters_reach_is_said_before_training(copied, no_training):
+    config = load_config(copied / "config.yaml", ["lora.layers=[2]", "block.weight=1", "block.latents=latents/causal.json"])
+    with pytest.raises(ConfigError, match="^lora.layers: the lowest is 2, above the penalised layer 1"):
+        run_training(config)
+    assert not (copied / "run").exists()
+
+
+def test_a_sweep_of_other_layers_alone_needs_no_other_set(copied):
+    blocked = "{two: [{layer: 0, sae: sae, latents: latents/causal.json}]}"
+    settings = ["sweep.latents={}", f"sweep.layers={blocked}", "sweep.lambdas=[1]", "sweep.seeds=[0]", "train.steps=1"]
+    summary = run_sweep(load_config(copied / "config.yaml", settings))
+    assert [row["layers"] for row in summary["trials"]] == [[0]]
+
+
 def test_a_plan_starts_with_base_and_baselines(finished):
     config = dataclasses.replace(finished[0], sweep=dataclasses.replace(finished[0].sweep, seeds=(4, 5)))
     names = [trial.name for trial in sweep_run.plan(config)]

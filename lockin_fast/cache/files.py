@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lockin_fast.rundir import hash_files, write_bytes
 
+NOISE = "noise"  # the item beside the shards
 _NAME = re.compile(r"(?P<item>[a-z]+(?:-\d+)?)\.(?P<digest>[0-9a-f]{64})\.safetensors")
 
 

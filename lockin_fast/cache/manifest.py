@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lockin_fast.cache.files import CacheError
+from lockin_fast.cache.files import NOISE, CacheError
 from lockin_fast.rundir import MANIFEST, write_json
 
 FORMAT = 1
@@ -42,7 +42,8 @@ def settled_manifest(folder: Path, key: Mapping[str, Any], make: Callable[[], Ma
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # other ranks wait here for the first
         if not (folder / MANIFEST).exists():
-            strangers = [child.name for child in folder.iterdir() if child.suffix not in (".safetensors", "")]
+            # A kill may have left the noise; shards without a manifest may be of anything.
+            strangers = [path.name for path in folder.iterdir() if not path.name.startswith((".", f"{NOISE}."))]
             if strangers:
                 raise CacheError(f"cache: {folder} already holds {min(strangers)} and is no cache; give a new folder")
             write_json(folder / MANIFEST, {"cache_format": FORMAT, **key, **make()})

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lockin_fast.cache.files import CacheError, find_items, open_item
+from lockin_fast.cache.files import NOISE, CacheError, find_items, open_item
 from lockin_fast.cache.noise import NoiseFloor
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
@@ -23,7 +23,7 @@ class TokenStore:
     def __init__(self, path: Path, manifest: dict[str, Any], *, verify: bool = True):
         self.path, self.manifest = path, manifest
         items = find_items(path)
-        names = ["noise", *(shard_name(i) for i in range(manifest["shards"]))]
+        names = [NOISE, *(shard_name(i) for i in range(manifest["shards"]))]
         if missing := [name for name in names if name not in items]:
             raise CacheError(
                 f"cache: {path} is not complete: {len(missing)} of {len(names)} files are missing ({missing[0]}, ...); "

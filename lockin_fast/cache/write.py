@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lockin_fast.cache.files import find_items, is_whole, write_item
+from lockin_fast.cache.files import NOISE, find_items, is_whole, write_item
 from lockin_fast.cache.manifest import settled_manifest
 from lockin_fast.cache.plan import Plan, Work
 from lockin_fast.cache.store import shard_name
@@ -79,9 +79,11 @@ def write_cache(
     key = {"kind": content.kind, **key, "text": plan.digest, "tokens": len(plan), "shards": len(plan.shards)}
 
     def measure() -> dict[str, Any]:
+        for earlier in folder.glob(f"{NOISE}.*"):  # of a process that was killed before the manifest was there
+            earlier.unlink()
         alone, batched = sampled(plan, hidden_state, settings)
         chosen, notes = content.settled(alone)
-        write_item(folder, "noise", chosen.noise(alone, batched))
+        write_item(folder, NOISE, chosen.noise(alone, batched))
         return {**notes, "tokens_per_target": plan.tokens_per_target}
 
     manifest = settled_manifest(folder, key, measure)
@@ -90,17 +92,24 @@ def write_cache(
     mine = range(rank, len(plan.shards), world)
     total, done = sum(last - first for first, last in (plan.shards[i] for i in mine)), 0
     there = find_items(folder)
+    if rank == 0 and not _is_stored(there.get(NOISE)):
+        write_item(folder, NOISE, content.noise(*sampled(plan, hidden_state, settings)))
     progress("caching", 0, total)
     for number in mine:
         first, last = plan.shards[number]
-        stored = there.get(shard_name(number))
-        if stored is not None and not is_whole(stored):
-            stored = stored.unlink()
-        if stored is None:
+        if not _is_stored(there.get(shard_name(number))):
             shard = _shard(plan.work(number), hidden_state, content, settings.batch_size)
             write_item(folder, shard_name(number), shard)
         done += last - first
         progress("caching", done, total)
+
+
+def _is_stored(path: Path | None) -> bool:
+    """Whether a file is there, and whole; a damaged one is removed."""
+    if path is None or is_whole(path):
+        return path is not None
+    path.unlink()
+    return False
 
 
 def _shard(works: list[Work], hidden_state: HiddenState, content: Content, batch_size: int) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from lockin_fast.lora import LoraSettings
 from lockin_fast.sweep.directions import directions
 from lockin_fast.sweep.plan import Trial
 from lockin_fast.sweep_settings import COMPUTED
+from lockin_fast.train import check_reach
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +58,12 @@ def check_setups(trials: list[Trial], inputs: Inputs) -> None:
 
     Works on a model without weights.
     """
+    penalties = {}
     for latents in dict.fromkeys(trial.latents for trial in trials if trial.latents):
         largest = max(trial.weight for trial in trials if trial.latents == latents)  # a cache may be too noisy for it
         with naming(f"latents {latents}"):
-            for penalty in inputs.penalties(latents, largest):
+            penalties[latents] = inputs.penalties(latents, largest)
+            for penalty in penalties[latents]:
                 penalty.check_shape(inputs.model)
     for trial in trials:
         if trial.method == "kl":
@@ -68,13 +71,16 @@ def check_setups(trials: list[Trial], inputs: Inputs) -> None:
                 KLPenalty(inputs.model, trial.weight)
         elif trial.method == "frozen_above":
             with naming("baselines.frozen_above"):
-                layers = [layer for layer, _, _ in inputs.layered(trial.latents)] if trial.latents else []
-                _frozen_above(inputs, layers)
+                blocked = penalties.get(trial.latents, ())
+                check_reach(_frozen_above(inputs, [penalty.layer for penalty in blocked]), blocked)
         elif trial.directions:
             with naming(f"baselines.{trial.method}"):
                 for rows in directions(inputs, trial.directions, compute=False).values():
                     if trial.method == "steering":
                         _one_direction(trial.directions, rows, inputs)
+        elif trial.latents:
+            with naming("lora.layers"):
+                check_reach(inputs.config.lora, penalties[trial.latents])
 
 
 def _frozen_above(inputs: Inputs, blocked: list[int]) -> LoraSettings:

@@ -70,7 +70,7 @@ def run_sweep(config: Config, progress: Progress = silent) -> dict[str, Any]:
     hashes = input_hashes(config, latents) | {name: hash_files(path) for name, path in more.items()}
     entry = {"config": config.identity(*SECTIONS), "inputs": hashes}
     manifest = check_claim(run, "sweep", entry, may_grow=MAY_GROW)
-    if not named:
+    if latents and not named:
         _check_discovered(run, manifest.get("discover", {}).get("inputs", {}), entry["inputs"])
     exam = open_exam(config, *EXAMS)
     inputs = (check_inputs if on_ray else open_inputs)(config, latents)

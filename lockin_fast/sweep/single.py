@@ -6,7 +6,7 @@ from typing import Any
 
 from lockin_fast import processes
 from lockin_fast.config import Config, ConfigError, JudgeSettings
-from lockin_fast.inputs import adapter_bytes, check_files, input_hashes, open_inputs
+from lockin_fast.inputs import adapter_bytes, check_files, input_hashes, naming, open_inputs
 from lockin_fast.progress import Progress, silent
 from lockin_fast.provenance import kernels, versions
 from lockin_fast.rundir import (
@@ -21,6 +21,7 @@ from lockin_fast.rundir import (
 from lockin_fast.sweep.methods import Setup
 from lockin_fast.sweep.run import SLACK_BYTES, write_config
 from lockin_fast.sweep.trial import train_into
+from lockin_fast.train import check_reach
 
 SECTIONS = ("quantization", "lora", "train", "block")
 
@@ -54,6 +55,8 @@ def run_training(config: Config, progress: Progress = silent) -> dict[str, Any]:
         return json.loads(done.read_text(encoding="utf-8"))
     inputs = open_inputs(config, latents)
     penalties = (inputs.penalty("block", weight),) if blocked else ()
+    with naming("lora.layers"):
+        check_reach(config.lora, penalties)
     check_place(run, SLACK_BYTES + adapter_bytes(inputs))
     setup = Setup(config.lora, penalties)
     named = {"adapter": str(run / "adapter"), "lambda": weight}

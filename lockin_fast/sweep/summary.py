@@ -95,8 +95,8 @@ def _compared(row: dict[str, Any], unblocked: Row) -> dict[str, Any]:
 
 
 def _preference(row: Row) -> tuple[float, float]:
-    """Lowest misalignment first; of equals, the gentler lambda."""
-    return row["em"], row["lambda"]
+    """Lowest misalignment first; of equals, the gentler lambda, or strength of either sign."""
+    return row["em"], abs(row["lambda"])
 
 
 def _best(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 
 from lockin_fast.blocking.write_cache import CacheSource, WriteSettings, write_hidden_states, write_latents
 from lockin_fast.cache import CacheError, open_cache
+from lockin_fast.cache.files import write_item
 from lockin_fast.cache.keys import token_keys
 from lockin_fast.cache.plan import make_plan
 
@@ -143,6 +144,42 @@ def test_shards_on_disk_are_not_computed_again_and_damaged_ones_are(tmp_path, ro
     assert contents(folder) == whole
     kept = [path for path in times if path not in (shards[0], shards[2])]
     assert all(path.stat().st_mtime_ns == times[path] for path in kept) and len(kept) > 2
+
+
+@pytest.mark.parametrize("kind", ["latents", "hidden_states"])
+@pytest.mark.parametrize("harm", ["missing", "damaged"])
+def test_the_noise_is_written_anew_too(tmp_path, rows, kind, harm):
+    folder, source = tmp_path / "cache", CacheSource(tiny.model(), LAYER, rows)
+
+    def write():
+        if kind == "latents":
+            write_latents(folder, source, tiny.sae(), [3, 5], settings=SETTINGS)
+        else:
+            write_hidden_states(folder, source, outliers=2, blocksize=16, settings=SETTINGS)
+
+    write()
+    whole = contents(folder)
+    noise = next(folder.glob("noise.*"))
+    content = bytearray(noise.read_bytes())
+    content[-1] ^= 16
+    noise.unlink() if harm == "missing" else noise.write_bytes(content)
+    with pytest.raises(CacheError, match="run `lockin-fast cache` again"):
+        open_cache(folder)
+    write()
+    assert contents(folder) == whole
+
+
+def test_what_a_kill_left_before_the_manifest_is_replaced_and_shards_without_one_refused(tmp_path, rows):
+    whole, folder = tmp_path / "whole", tmp_path / "cache"
+    source = CacheSource(tiny.model(), LAYER, rows)
+    write_latents(whole, source, tiny.sae(), [3, 5], settings=SETTINGS)
+    folder.mkdir()
+    write_item(folder, "noise", {"exact": torch.zeros(1, 2), "stored": torch.ones(1, 2)})  # of some other model
+    write_latents(folder, source, tiny.sae(), [3, 5], settings=SETTINGS)
+    assert contents(folder) == contents(whole)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(CacheError, match="already holds shard-00000.* and is no cache"):
+        write_latents(folder, source, tiny.sae(), [3, 5], settings=SETTINGS)
 
 
 def test_a_hidden_state_that_is_not_finite_is_named(tmp_path, rows):
