@@ -147,6 +147,13 @@ def test_each_method_does_what_it_says(inputs):
     assert set_up(Trial("two-layers", 1.0, 0, "frozen_above"), inputs).lora.layers == (0, 1, 2)
 
 
+def test_adapters_that_are_all_frozen_are_refused(inputs):
+    lora = dataclasses.replace(inputs.config.lora, layers=(2,))
+    above = dataclasses.replace(inputs, config=dataclasses.replace(inputs.config, lora=lora))
+    with pytest.raises(ConfigError, match=r"lora.layers: all of \[2\] are above the blocked layer 1; nothing would"):
+        set_up(Trial(None, 0.0, 0, "frozen_above"), above)
+
+
 def test_shift_and_components_are_those_of_the_tokens_differences(inputs):
     every, means = [], []
     with adapter(inputs.model, inputs.config.discovery.misaligned) as adapted:
@@ -274,10 +281,6 @@ def test_what_a_stack_cannot_train_is_told(inputs):
         ("baselines.components=0", r"baselines.components: got \[0\]"),
         ("baselines.strength=1", "baselines.strength: unknown key"),
         ("discovery.misaligned=null", "discovery.misaligned: missing"),
-        (
-            "lora.layers=[2]; baselines.frozen_above=[0]",
-            r"lora.layers: all of \[2\] are above the blocked layer 1; nothing would train",
-        ),
         ("lora.layers=[2]", "lora.layers: the lowest is 2, above the penalised layer 1, so the penalty could change"),
         (
             "lora.layers=[1, 2]",  # of the set that blocks the layers 0 and 2

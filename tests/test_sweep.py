@@ -561,6 +561,12 @@ def test_best_is_lowest_within_two_points_of_both_costs():
     assert {name: best["lambda"] for name, best in summary["best_per_set"].items()} == {"a": 2, "b": 1.5}
 
 
+def test_of_equally_good_strengths_the_gentler_is_best_whatever_its_sign():
+    steered = [row("a", strength, 0, 0.1) | {"method": "steering"} for strength in (-5.0, -1.0, 2.0)]
+    (best,) = summarise(BASE, BASELINE, steered)["best_per_method"].values()
+    assert best["lambda"] == -1.0
+
+
 def test_no_setting_within_the_limits():
     summary = summarise(BASE, BASELINE, [row("a", 1, 0, 0.3, in_domain=0.5), row("a", 2, 0, 0.2, in_domain=0.4)])
     assert summary["best"] is None
@@ -614,7 +620,8 @@ def test_latents_without_a_weight_train_nothing(copied, no_training):
 
 
 def test_a_penalty_out_of_the_adapters_reach_is_said_before_training(copied, no_training):
-    config = load_config(copied / "config.yaml", ["lora.layers=[2]", "block.weight=1", "block.latents=latents/causal.json"])
+    blocked = ["block.weight=1", "block.latents=latents/causal.json"]
+    config = load_config(copied / "config.yaml", ["lora.layers=[2]", *blocked])
     with pytest.raises(ConfigError, match="^lora.layers: the lowest is 2, above the penalised layer 1"):
         run_training(config)
     assert not (copied / "run").exists()
