@@ -10,6 +10,7 @@ from lockin_fast.report.style import (
     Look,
     lambda_axis,
     looks,
+    name_cost,
     offset_copy,
     percent_axis,
     save_figure,
@@ -17,7 +18,9 @@ from lockin_fast.report.style import (
 )
 from lockin_fast.sweep.summary import is_blocked
 
-APART = 11.0  # printer's points between the latent sets of one setting in the trade-off
+APART, APART_ALL = 11.0, 44.0  # printer's points in the trade-off: between the sets of one setting, and over them all
+FEW = 8  # sets whose names have a line of their own for the number of latents
+WIDTH = 10.4  # inches, of every figure
 
 Summary = Mapping[str, Any]
 
@@ -30,9 +33,14 @@ def draw_figures(summary: Summary, folder: Path) -> list[Path]:
     summary = blocked_alone(summary)
     if not summary["means"]:
         raise ValueError("summary: it holds no blocked trial, so there is nothing to draw")
+    count = len(_looks(summary)) + 1
+    legend_rows = -(-count // _legend_columns(summary))
     return [
-        save_figure(folder / f"{name}.png", size, lambda figure, draw=draw: draw(figure, summary))
-        for name, size, draw in (("sweep", (10.4, 5.4), _draw_sweep), ("trade_off", (10.4, 5.0), _draw_trade_off))
+        save_figure(folder / f"{name}.png", (WIDTH, height), lambda figure, draw=draw: draw(figure, summary))
+        for name, height, draw in (
+            ("sweep", 5.4 if count <= FEW + 1 else max(5.4, 1.2 + 0.24 * count), _draw_sweep),
+            ("trade_off", 5.0 + 0.23 * max(legend_rows - 2, 0), _draw_trade_off),
+        )
     ]
 
 
@@ -119,10 +127,13 @@ def _name_lines(axes: Any, summary: Summary) -> None:
     ends = [_of_set(summary, name)[-1] for name in names]
     low, high = axes.get_ylim()
     unblocked = summary["baseline"]["em"]
-    labels = [*(f"{row['latents']}\n{row['latent_count']} latents" for row in ends), "no blocking"]
+    few = len(names) <= FEW
+    between = "\n" if few else ", "
+    labels = [*(f"{row['latents']}{between}{_count(row)}" for row in ends), "no blocking"]
     colors = [*(look.color for look in names.values()), INK]
     wanted = [*(row["em"] for row in ends), unblocked]
-    places = spread_apart(wanted, 0.105 * (high - low), low + 0.04 * (high - low), high)
+    gap = 0.105 if few else 0.95 / (len(labels) + 1)  # of the axis
+    places = spread_apart(wanted, gap * (high - low), low + 0.04 * (high - low), high)
     for label, color, place in zip(labels, colors, places, strict=True):
         axes.annotate(
             label,
@@ -132,7 +143,7 @@ def _name_lines(axes: Any, summary: Summary) -> None:
             textcoords="offset points",
             va="center",
             color=color,
-            fontsize=11,
+            fontsize=11 if few else 9.5,
             linespacing=1.05,
             fontweight="bold",
             annotation_clip=False,
@@ -157,13 +168,27 @@ def _draw_trade_off(figure: Any, summary: Summary) -> None:
     figure.legend(
         *left.get_legend_handles_labels(),
         loc="outside upper left",
-        ncols=4,
+        ncols=_legend_columns(summary),
         frameon=False,
         labelcolor="linecolor",
         handletextpad=0.1,
         columnspacing=1.4,
         fontsize=11,
     )
+
+
+def _legend_columns(summary: Summary) -> int:
+    """As many columns, four at most, as have room for the longest name."""
+    longest = max(len(_label(row)) for row in summary["means"])
+    return max(1, min(4, int(72 * WIDTH / (30 + 5.9 * longest))))  # marker and gap, letters of 11 points
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    return f"{row['latents']}, {_count(row)}"
+
+
+def _count(row: Mapping[str, Any]) -> str:
+    return f"{row['latent_count']} latent{'s' * (row['latent_count'] != 1)}"
 
 
 def _draw_cost(axes: Any, summary: Summary, key: str, edge: float, warning: str) -> None:
@@ -176,23 +201,12 @@ def _draw_cost(axes: Any, summary: Summary, key: str, edge: float, warning: str)
     slack = 0.2 * abs(edge) or 0.01
     low, high = min([*every, 1.6 * edge, -slack]), max([*every, 1.6 * edge, slack])
     axes.set_xlim(low - 0.07 * (high - low), high + 0.07 * (high - low))
-    outside = (-10, edge) if edge < 0 else (edge, 10)
-    axes.axvspan(*outside, color=WARN, alpha=0.06, linewidth=0)
-    axes.annotate(
-        warning,
-        (edge, 0.02),
-        (6 if edge > 0 else -6, 0),
-        xycoords=("data", "axes fraction"),
-        textcoords="offset points",
-        ha="left" if edge > 0 else "right",
-        va="bottom",
-        fontsize=9.5,
-        color=WARN,
-    )
+    name_cost(axes, edge, warning)
     axes.scatter([0], [0], s=70, color=INK, marker="D", zorder=4, edgecolor="white", label="no blocking")
+    apart = min(APART, APART_ALL / max(len(points) - 1, 1))
     for place, (name, look) in enumerate(_looks(summary).items()):
-        aside = offset_copy(axes, APART * (place - (len(points) - 1) / 2))
-        _draw_path(axes, name, points[name], _of_set(summary, name), look, aside)
+        aside = offset_copy(axes, apart * (place - (len(points) - 1) / 2))
+        _draw_path(axes, points[name], _of_set(summary, name), look, aside)
         if summary["best"] and summary["best"]["latents"] == name:
             x, y = _cost(summary["best"], summary, key), _removed(summary["best"], summary)
             axes.plot([x], [y], marker="o", markersize=18, color="none", mec=INK, mew=1.6, zorder=6, transform=aside)
@@ -217,9 +231,7 @@ def _name_best(axes: Any, best: Mapping[str, Any], x: float, y: float) -> None:
     )
 
 
-def _draw_path(
-    axes: Any, name: str, points: list[tuple[float, float]], rows: list[Mapping], look: Look, aside: Any
-) -> None:
+def _draw_path(axes: Any, points: list[tuple[float, float]], rows: list[Mapping], look: Look, aside: Any) -> None:
     """The settings of one latent set in order of lambda; larger markers for larger lambda."""
     x, y = [point[0] for point in points], [point[1] for point in points]
     axes.plot(x, y, color=look.color, linewidth=1.3, alpha=0.45, zorder=2, transform=aside)
@@ -234,7 +246,7 @@ def _draw_path(
         linewidth=1.0,
         zorder=3,
         transform=aside,
-        label=f"{name}, {rows[0]['latent_count']} latents",
+        label=_label(rows[0]),
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lockin_fast.report.style import INK, WARN, looks, percent_axis, save_figure
+from lockin_fast.report.style import INK, looks, name_cost, percent_axis, save_figure
 from lockin_fast.sweep.summary import is_blocked, method_name
 
 Summary = Mapping[str, Any]
@@ -21,7 +21,8 @@ def draw_methods(summary: Summary, folder: Path) -> list[Path]:
         families.setdefault(row["latents"] if is_blocked(row) else method_name(row), []).append(row)
     if all(is_blocked(row) for row in summary["means"]) or not summary["baseline"]["em"]:
         return []
-    return [save_figure(folder / "methods.png", (10.4, 5.6), lambda figure: _draw(figure, summary, families))]
+    height = max(5.6, 0.5 + 0.235 * (len(families) + 1))  # the legend's lines
+    return [save_figure(folder / "methods.png", (10.4, height), lambda figure: _draw(figure, summary, families))]
 
 
 def _draw(figure: Any, summary: Summary, families: Mapping[str, list[Mapping[str, Any]]]) -> None:
@@ -50,13 +51,8 @@ def _draw(figure: Any, summary: Summary, families: Mapping[str, list[Mapping[str
     if before:
         edge = -limits["in_domain_drop"] / before
         left, right = axes.get_xlim()
-        left = min(left, 1.6 * edge)
-        axes.axvspan(left - 1, edge, color=WARN, alpha=0.06, linewidth=0)
-        axes.set_xlim(left, right)
-        axes.annotate(
-            "task down by more\nthan 2 points", (edge, 0.02), (-6, 0), xycoords=("data", "axes fraction"),
-            textcoords="offset points", ha="right", va="bottom", fontsize=9.5, color=WARN,
-        )  # fmt: skip
+        axes.set_xlim(min(left, 1.6 * edge), right)
+        name_cost(axes, edge, "task down by more\nthan 2 points")
     axes.set_xlabel("change of in-domain  ΔAd = (Ad − Ad₀) / Ad₀")
     axes.set_ylabel("misalignment removed  ΔEM = (EM₀ − EM) / EM₀")
     axes.set_title("What each method removes, and what it costs the task")

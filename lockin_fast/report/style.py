@@ -42,6 +42,7 @@ class Look(NamedTuple):
 
 
 KNOWN = {"causal": Look("#0072B2", "o"), "top-delta": Look("#D55E00", "s"), "random": Look("#7b8794", "^")}
+ROOM_FOR_WARNING = 0.3  # of an axis' width: what two short lines of a warning take
 SPARE = [Look("#009E73", "D"), Look("#CC79A7", "v"), Look("#8a6d00", "P"), Look("#56B4E9", "X"), Look("#4b2e83", "p")]
 
 
@@ -82,7 +83,7 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
 def spread_apart(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Move `values` as little as a single upward and downward pass allows, so that neighbours are `gap` apart."""
     order = sorted(range(len(values)), key=lambda i: values[i])
-    placed = list(values)
+    placed = [max(value, low) for value in values]
     for previous, current in zip(order, order[1:], strict=False):
         placed[current] = max(placed[current], placed[previous] + gap)
     ceiling = high
@@ -90,6 +91,25 @@ def spread_apart(values: Sequence[float], gap: float, low: float, high: float) -
         placed[current] = max(min(placed[current], ceiling), low)
         ceiling = placed[current] - gap
     return placed
+
+
+def name_cost(axes: Any, edge: float, warning: str) -> None:
+    """Shade what lies beyond `edge` on the x axis, away from 0, and say why: there, or at the top beside it.
+
+    Comes last: the limits of the axes have to stand.
+    """
+    axes.axvspan(*((edge - 10, edge) if edge <= 0 else (edge, edge + 10)), color=WARN, alpha=0.06, linewidth=0)
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, high)
+    outward = -1 if edge <= 0 else 1
+    room = ((edge - low) if edge <= 0 else (high - edge)) / (high - low)
+    fits = room > ROOM_FOR_WARNING
+    side = outward if fits else -outward
+    axes.annotate(
+        warning, (edge, 0.02 if fits else 0.98), (6 * side, 0), xycoords=("data", "axes fraction"),
+        textcoords="offset points", ha="left" if side > 0 else "right", va="bottom" if fits else "top", fontsize=9.5,
+        color=WARN,
+    )  # fmt: skip
 
 
 def short_number(value: float) -> str:

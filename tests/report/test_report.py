@@ -130,6 +130,35 @@ def test_figures_show_every_set_and_the_baseline(tmp_path, monkeypatch):
         assert axes.get_xlim()[0] < point[0] < axes.get_xlim()[1] and axes.get_ylim()[0] < point[1] < axes.get_ylim()[1]
 
 
+def test_the_names_of_many_sets_do_not_collide_and_stay_in_the_picture(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file: figures.append(figure))
+    summary = made_summary(seeds=1)
+    trials = [
+        row | {"latents": f"{row['latents']}-k{size}-{side}"}
+        for side in ("positive", "negative", "shuffled") for size in (5, 10, 20) for row in summary["trials"]
+    ]  # fmt: skip
+    summary = with_methods(summarise(summary["base"], summary["baseline"]["trials"], trials))
+    draw_figures(summary, tmp_path)
+    draw_methods(summary, tmp_path)
+    for figure in figures:
+        figure.draw_without_rendering()
+        texts = [text for legend in figure.legends for text in legend.get_texts()]
+        if not texts:
+            texts = [text for text in figure.axes[0].texts if text.get_text()]
+        boxes = [text.get_window_extent() for text in texts]
+        assert len(boxes) >= 27 + 1
+        for i, box in enumerate(boxes):
+            assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+            overlaps = [texts[i + 1 + j].get_text() for j, other in enumerate(boxes[i + 1 :]) if box.overlaps(other)]
+            assert not overlaps, texts[i].get_text()
+    sweep, trade_off, _ = figures
+    offsets = [path.get_offset_transform().transform((0.0, 0.0))[0] for path in trade_off.axes[0].collections[1:]]
+    assert max(offsets) - min(offsets) <= 45 / 72 * trade_off.dpi, "beside each other, but not at other values"
+
+
 @pytest.mark.parametrize("change", [{"em": 0.0}, {"in_domain": 0.0}])
 def test_figures_of_a_baseline_with_nothing_to_change(tmp_path, change):
     summary = made_summary(seeds=1)
@@ -169,6 +198,7 @@ def test_labels_are_spread_apart_and_keep_their_order():
     assert placed == pytest.approx([0.5, 0.1, 0.2, 0.3])
     top = spread_apart([0.99, 1.0, 0.98], 0.1, 0.0, 1.0)
     assert top == pytest.approx([0.9, 1.0, 0.8])
+    assert spread_apart([0.0, 0.01], 0.1, 0.05, 1.0) == pytest.approx([0.05, 0.15]), "from the lowest place on"
 
 
 def test_every_set_has_a_look_of_its_own():
