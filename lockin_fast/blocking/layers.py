@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Literal
 
 from torch import Tensor, nn
@@ -97,7 +98,7 @@ def captured_forward(model: nn.Module, *modules: nn.Module) -> Iterator[Captured
 
     The hooks look, and put a `gradient_tap` on what they record; what is computed from the capture is computed after
     the forward, since work inside a hook breaks activation checkpointing. They are gone when the context ends, whatever
-    ended it.
+    ended it; the arguments then have their names, also those that were given by position.
     """
     seen = Captured()
 
@@ -125,6 +126,16 @@ def captured_forward(model: nn.Module, *modules: nn.Module) -> Iterator[Captured
     finally:
         for handle in handles:
             handle.remove()
+    if seen.args:
+        seen.args, seen.kwargs = _named(unwrap(model), seen.args, seen.kwargs)
+
+
+def _named(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The same arguments of a module's forward, by name where its signature has one for them."""
+    known = [p.name for p in signature(module.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if not known and hasattr(module, "get_base_model"):  # a PeftModel without a task hands all on
+        return _named(module.get_base_model(), args, kwargs)
+    return args[len(known) :], dict(zip(known, args, strict=False)) | kwargs
 
 
 def hidden_size(model: nn.Module) -> int:

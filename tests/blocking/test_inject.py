@@ -97,6 +97,22 @@ def test_the_reference_runs_in_the_forwards_autocast(rows, around):  # noqa: F81
     assert blocking.last["block_penalty"] == 0.0 == blocking.last["active_fraction"]
 
 
+def test_arguments_given_by_position_are_the_same_arguments(rows):  # noqa: F811
+    """Else the padding would be penalised too, and the reference would compute a loss."""
+    batch, costs = COLLATE([rows[i] for i in range(8)]), []
+    assert (batch["attention_mask"] == 0).any()
+    for by_name in (True, False):
+        model = adapted(random_b=True).train()
+        blocking = GradientInjection(model, tiny.penalty(500.0, tokens="all"))
+        with blocking(batch["labels"], normalizer=10.0):
+            if by_name:
+                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            else:
+                model(batch["input_ids"], batch["attention_mask"])
+        costs.append({name: value.item() for name, value in blocking.last.items()})
+    assert costs[0] == costs[1]
+
+
 def test_a_weight_of_zero_measures_only(rows):  # noqa: F811
     model = adapted(random_b=True).train()
     batch = COLLATE([rows[i] for i in range(8)])
