@@ -59,7 +59,8 @@ def check_lora(model: nn.Module, lora: LoraSettings) -> None:
 def borrowed_with_lora(model: nn.Module, lora: LoraSettings, seed: int) -> Iterator[nn.Module]:
     """`model` with a fresh LoRA adapter (B = 0, A drawn by seed) inside the context, and as it was after it.
 
-    After: same modules, weights, requires_grad, training modes and configuration, whatever happened inside.
+    After: same modules, weights, requires_grad, training modes, configuration and random state of torch, whatever
+    happened inside.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -77,25 +78,26 @@ def borrowed_with_lora(model: nn.Module, lora: LoraSettings, seed: int) -> Itera
         layers_to_transform=None if lora.layers is None else list(lora.layers),
         task_type="CAUSAL_LM",
     )
-    torch.manual_seed(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a model attribute that was renamed
-        peft_model = get_peft_model(model, config)
-    try:
-        yield peft_model
-    finally:
-        peft_model.unload()
-        if hasattr(model, "peft_config"):  # some versions of PEFT leave it behind
-            del model.peft_config
-        if is_checkpointing(model) and not checkpointing:
-            stop_checkpointing(model)
-        if use_cache is not None:
-            model.config.use_cache = use_cache
-        for parameter, requires_grad in grads:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = None
-        for module, training in modes:
-            module.training = training
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a model attribute that was renamed
+            peft_model = get_peft_model(model, config)
+        try:
+            yield peft_model
+        finally:
+            peft_model.unload()
+            if hasattr(model, "peft_config"):  # some versions of PEFT leave it behind
+                del model.peft_config
+            if is_checkpointing(model) and not checkpointing:
+                stop_checkpointing(model)
+            if use_cache is not None:
+                model.config.use_cache = use_cache
+            for parameter, requires_grad in grads:
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = None
+            for module, training in modes:
+                module.training = training
 
 
 def start_checkpointing(model: nn.Module) -> None:

@@ -132,7 +132,6 @@ def fine_tune(
         raise FileExistsError(f"output: {output} exists; choose another folder, or remove it first")
     with (
         _replacing_folder(output) if processes.is_first() else nullcontext(output) as partial,
-        torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
         borrowed_with_lora(model, lora, settings.seed) as peft_model,
     ):
         if processes.is_first():

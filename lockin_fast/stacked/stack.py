@@ -169,9 +169,12 @@ def _lora_of(folder: Path) -> LoraSettings:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: cannot be read as an adapter's configuration: {error}") from error
-    plain = {"peft_type": "LORA", "use_dora": False, "bias": "none", "modules_to_save": None}
+    plain = {
+        "peft_type": "LORA", "use_dora": False, "bias": "none", "lora_bias": False, "modules_to_save": None,
+        "rank_pattern": {}, "alpha_pattern": {}, "target_parameters": None, "fan_in_fan_out": False,
+    }  # fmt: skip
     for key, value in plain.items():
-        if config.get(key, value) != value:
+        if (config.get(key) or value) != value:
             raise ValueError(f"{file}: {key} is {config[key]!r}; a stack takes plain LoRA adapters ({key}: {value!r})")
     layers = config.get("layers_to_transform")
     return LoraSettings(

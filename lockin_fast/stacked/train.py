@@ -78,9 +78,9 @@ def train_stack(
     Nothing of it enters the others: up to that step they are, bit for bit, what they would be beside a healthy one;
     after it they go on as the smaller stack that they are.
 
-    Raises ValueError, before training, for members that differ in their LoRA settings or in the blocked layer, for
-    dropout, for a base layer that a stack cannot stand on, and for what `fine_tune` refuses; RunError for a checkpoint
-    of something else. Needs the `train` extra.
+    Raises ValueError, before training, for members that differ in their LoRA settings, for dropout, for a base layer
+    that a stack cannot stand on, and for what `fine_tune` refuses; RunError for a checkpoint of something else. Needs
+    the `train` extra.
     """
     if not members:
         raise ValueError("members: got none, expected at least one adapter to train")
@@ -89,13 +89,11 @@ def train_stack(
     for member in members:
         check_reach(lora, checked_terms(member.penalty))
     keep_trainable(model)
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        run = _Run(model, PaddingCollator(padding_id(tokenizer)), dataset, members, lora, settings)
-        if checkpoint is not None:
-            run.restore(checkpoint)
-        reset_peak(model.device)
-        run.train(checkpoint, progress or (lambda step, total: None))
+    run = _Run(model, PaddingCollator(padding_id(tokenizer)), dataset, members, lora, settings)
+    if checkpoint is not None:
+        run.restore(checkpoint)
+    reset_peak(model.device)
+    run.train(checkpoint, progress or (lambda step, total: None))
     return StackResult(run.results, run.stack, run.seconds / max(run.timed, 1), peak_bytes(model.device))
 
 

@@ -1,5 +1,6 @@
 """Every kind of base, adapter and reference that a stack takes, and what it refuses before it trains."""
 
+import json
 import logging
 from dataclasses import replace
 
@@ -106,6 +107,21 @@ def test_mixed_settings_are_refused(rows, tmp_path):
             save(stack.weights[0], tmp_path / name)
     with pytest.raises(ValueError, match="lora.r: .* has 4, .*odd has 2"):
         AdapterStack.load(tiny.model(), [tmp_path / "even", tmp_path / "odd"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("use_dora", True), ("lora_bias", True), ("alpha_pattern", {"q_proj": 64}), ("rank_pattern", {"q_proj": 2})],
+)
+def test_a_folder_of_another_kind_of_adapter_is_refused(tmp_path, key, value):
+    """Its weights would load, and answer as another adapter."""
+    stack = AdapterStack.fresh(tiny.model(), LORA, [0])
+    with exporting(stack.model, LORA) as save:
+        save(stack.weights[0], tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=f"adapter_config.json: {key} is .*a stack takes plain LoRA adapters"):
+        AdapterStack.load(tiny.model(), [tmp_path / "a"])
 
 
 def test_what_a_stack_cannot_do_is_refused_before_training(rows):

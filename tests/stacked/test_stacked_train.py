@@ -46,11 +46,12 @@ def test_every_adapter_is_that_of_a_run_of_its_own(n, result, adapters, rows, tm
 
 def test_the_files_are_those_that_peft_writes(result, tmp_path):
     """To the byte, weights included."""
-    stack = result.stack
+    stack, torch_state = result.stack, torch.get_rng_state()
     with exporting(stack.model, LORA) as save:
         save(stack.weights[1], tmp_path / "ours")
         with pytest.raises(FloatingPointError, match="not finite"):
             save(torch.full_like(stack.weights[1], torch.inf), tmp_path / "broken")
+    assert torch.equal(torch.get_rng_state(), torch_state)
     with adapter(tiny.model(), tmp_path / "ours") as loaded:
         save_adapter(loaded, tmp_path / "theirs")
     folders = tmp_path / "ours", tmp_path / "theirs"
