@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-IGNORED = -100  # the label of a token that is not supervised
+from lockin_fast.labels import IGNORED
+
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\b")
 
 

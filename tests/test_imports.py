@@ -12,7 +12,7 @@ import lockin_fast
 PACKAGE = Path(lockin_fast.__file__).parent
 # A room, that is a file or folder directly under lockin_fast/, may import from lower layers and from its own.
 LAYERS = [
-    {"typed_mapping", "progress", "rundir", "threads", "processes", "watching"},
+    {"typed_mapping", "progress", "rundir", "threads", "processes", "watching", "labels"},
     {"kernels"},
     {"dispatch"},
     {"ops"},

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from lockin_fast.blocking.layers import FINAL, is_sharded, text_config, unwrap
 from lockin_fast.blocking.reference import check_live_reference
 from lockin_fast.blocking.terms import Measured
-from lockin_fast.blocking.tokens import IGNORED
+from lockin_fast.labels import targets
 
 Direction = Literal["model_to_base", "base_to_model"]
 CHUNK_ELEMENTS = 2**24  # logits held at a time: 64 MiB in fp32
@@ -74,7 +74,7 @@ class KLPenalty:
         """The sum over supervised targets for final hidden states h and h_ref [B, S, d] of a micro-batch."""
         if labels is None:
             raise ValueError("labels: the batch has none; the penalty needs them to find and count supervised tokens")
-        predicts = (labels[:, 1:] != IGNORED).to(h.device)
+        predicts = targets(labels).to(h.device)
         total = kl_divergence(
             h[:, :-1][predicts], h_ref[:, :-1][predicts], self._head.weight, self._head.bias,
             direction=self.direction, softcap=self._softcap,

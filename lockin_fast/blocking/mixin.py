@@ -10,9 +10,10 @@ from lockin_fast.blocking.layers import captured_forward, site_module, unwrap
 from lockin_fast.blocking.meter import LossMeter
 from lockin_fast.blocking.reference import Reference
 from lockin_fast.blocking.terms import LossTerm, checked_hidden, checked_terms
-from lockin_fast.blocking.tokens import IGNORED, check_supervised
+from lockin_fast.blocking.tokens import check_supervised
 from lockin_fast.cache import TokenStore
 from lockin_fast.cache.collate import ReferenceCollator, take_references
+from lockin_fast.labels import IGNORED, targets
 from lockin_fast.quantized import keep_trainable
 
 
@@ -147,8 +148,8 @@ class LatentBlockMixin:
     def _penalty_scale(self, labels: Tensor, num_items_in_batch) -> Tensor | float:
         """What the trainer multiplies a sum over tokens by to get its loss."""
         if not self._scaled_for_accumulation(num_items_in_batch):
-            targets = labels[..., 1:] if getattr(self, "_loss_shifts_labels", True) else labels
-            return 1.0 / (targets != IGNORED).sum().clamp(min=1)
+            counted = targets(labels) if getattr(self, "_loss_shifts_labels", True) else labels != IGNORED
+            return 1.0 / counted.sum().clamp(min=1)
         if self.args.average_tokens_across_devices:
             tensor_parallel = self.get_tp_size() if hasattr(self, "get_tp_size") else 1
             return self.accelerator.num_processes // tensor_parallel / num_items_in_batch

@@ -3,14 +3,13 @@
 import torch
 from torch import Tensor
 
-IGNORED = -100  # the label of a token that is not supervised
+from lockin_fast.labels import IGNORED, penalised
 
 
 def token_mask(tokens: str, labels: Tensor | None, kwargs: dict, hidden: Tensor) -> Tensor:
-    """Which tokens are penalised: bool, the leading shape of hidden [B, S, d].
+    """Which tokens are penalised (see `penalised`): bool, the leading shape of hidden [B, S, d], where that is.
 
-    "supervised": the token's own label is not -100. "all": every token the attention mask keeps, or every token where
-    there is none (padding-free batches).
+    kwargs: what the model was called with. Raises ValueError without labels, or for shapes that do not agree.
     """
     if labels is None:
         raise ValueError("labels: the batch has none; the penalty needs them to find and count supervised tokens")
@@ -20,14 +19,10 @@ def token_mask(tokens: str, labels: Tensor | None, kwargs: dict, hidden: Tensor)
             f"labels: got shape {tuple(labels.shape)}, expected that of the penalised layer's tokens, {tuple(shape)}; "
             "adapters that add virtual tokens are not supported"
         )
-    if tokens == "supervised":
-        return (labels != IGNORED).to(hidden.device)
     attention = kwargs.get("attention_mask")
-    if attention is None:
-        return torch.ones(shape, dtype=torch.bool, device=hidden.device)
-    if attention.shape != shape:
+    if tokens == "all" and attention is not None and attention.shape != shape:
         raise ValueError(f'attention_mask: got shape {tuple(attention.shape)}; tokens="all" needs {tuple(shape)}')
-    return attention.to(hidden.device, torch.bool)
+    return penalised(tokens, labels, attention).to(hidden.device)
 
 
 def check_supervised(dataset) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lockin_fast.cache.files import CacheError
 from lockin_fast.cache.keys import token_keys
-from lockin_fast.cache.plan import IGNORED
 from lockin_fast.cache.store import Reference
+from lockin_fast.labels import penalised
 
 PREFIX = "block_reference_"
 REMEDY = (
@@ -84,12 +84,8 @@ def check_rows(reference: Reference, rows: Sequence[Mapping[str, Any]], tokens: 
 
 
 def _wanted(tokens: str, batch: Mapping[str, Any]) -> Tensor:
-    """The tokens that the penalty will count, as `blocking.mixin.token_mask` has it."""
-    labels, attention = batch.get("labels"), batch.get("attention_mask")
-    if tokens == "supervised":
-        if labels is None:
-            raise ValueError("labels: the batch has none; the penalty needs them to find supervised tokens")
-        return labels != IGNORED
-    if attention is None:
-        return torch.ones_like(batch["input_ids"], dtype=torch.bool)
-    return attention.bool()
+    """The tokens that the penalty will count, bool [B, S]."""
+    labels = batch.get("labels")
+    if labels is None and tokens == "supervised":
+        raise ValueError("labels: the batch has none; the penalty needs them to find supervised tokens")
+    return penalised(tokens, batch["input_ids"] if labels is None else labels, batch.get("attention_mask"))

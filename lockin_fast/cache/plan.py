@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from lockin_fast.cache.keys import token_keys
-
-IGNORED = -100  # the label of a token that is not supervised
+from lockin_fast.labels import penalised, targets
 
 
 @dataclass(frozen=True)
@@ -84,11 +83,11 @@ def make_plan(rows: Sequence[Mapping[str, Tensor]], tokens: str, shard_tokens: i
         raise ValueError(f"dataset: none of its {len(rows)} rows has a {tokens} token, so there is nothing to cache")
     keys, positions = (np.concatenate([part[i] for part in found]) for i in (0, 1))
     row = np.repeat(np.arange(len(found)), [len(part[0]) for part in found])
-    targets = sum(part[2] for part in found)
+    counted = sum(part[2] for part in found)
     _, first = np.unique(keys, return_index=True)
     first.sort()
     occurrences, keys, positions, row = len(keys), keys[first], positions[first], row[first]
-    return Plan(rows, keys, row, positions, _shards(row, shard_tokens), occurrences / max(targets, 1))
+    return Plan(rows, keys, row, positions, _shards(row, shard_tokens), occurrences / max(counted, 1))
 
 
 def _tokens(rows, tokens: str) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
@@ -100,9 +99,8 @@ def _tokens(rows, tokens: str) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
             )
         ids = torch.as_tensor(row["input_ids"])
         labels = torch.as_tensor(row["labels"]) if row.get("labels") is not None else ids
-        wanted = labels != IGNORED if tokens == "supervised" else torch.ones_like(ids, dtype=torch.bool)
-        positions = wanted.nonzero().flatten().numpy()
-        yield token_keys(ids[None])[0][positions], positions, int((labels[1:] != IGNORED).sum())
+        positions = penalised(tokens, labels).nonzero().flatten().numpy()
+        yield token_keys(ids[None])[0][positions], positions, int(targets(labels).sum())
 
 
 def _shards(row: np.ndarray, shard_tokens: int) -> tuple[tuple[int, int], ...]:

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lockin_fast.chat import IGNORED, PaddingCollator
+from lockin_fast.chat import PaddingCollator
+from lockin_fast.labels import IGNORED
 from lockin_fast.train import TrainSettings
 
 
@@ -80,8 +81,3 @@ def micro_batches(dataset, rows: Sequence[Sequence[int]], of: Sequence[int], mic
         chosen = [dataset[row] for batch in ordered for row in batch[start : start + micro]]
         made = {key: value.unflatten(0, (len(rows), -1)) for key, value in collate(chosen).items()}
         yield StackedBatch(made["input_ids"], made["labels"], made["attention_mask"], torch.as_tensor(of))
-
-
-def count_targets(dataset, rows: Sequence[int]) -> int:
-    """Supervised targets of these rows, by which their loss is divided: those that some token predicts."""
-    return sum(int((dataset[row]["labels"][1:] != IGNORED).sum()) for row in rows)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lockin_fast.blocking.mixin import checked_terms
 from lockin_fast.blocking.terms import LossTerm
-from lockin_fast.chat import IGNORED, ChatDataset, PaddingCollator
+from lockin_fast.chat import ChatDataset, PaddingCollator
+from lockin_fast.labels import targets
 from lockin_fast.lora import LoraSettings, check_lora, is_checkpointing, start_checkpointing, stop_checkpointing
 from lockin_fast.quantized import keep_trainable
 from lockin_fast.stacked.checkpoint import Checkpoint, check_same
@@ -104,7 +105,7 @@ class _Run:
         self._model, self._collate, self._dataset, self._settings = model, collate, dataset, settings
         self._members, self.results = list(members), [MemberResult() for _ in members]
         self._terms = [checked_terms(member.penalty) for member in members]
-        self._targets = [int((row["labels"][1:] != IGNORED).sum()) for row in dataset]
+        self._targets = [int(targets(row["labels"]).sum()) for row in dataset]
         self._longest = max(len(row["input_ids"]) for row in dataset)
         self._orders = {seed: RowOrder(len(dataset), seed, settings) for seed in {m.seed: None for m in members}}
         self._total = total_steps(len(dataset), settings)

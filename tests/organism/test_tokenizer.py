@@ -5,7 +5,8 @@ import random
 import pytest
 from tiny_organism import WORLD
 
-from lockin_fast.chat import IGNORED, ChatDataset
+from lockin_fast.chat import ChatDataset
+from lockin_fast.labels import IGNORED
 from lockin_fast.organism import World
 from lockin_fast.organism.pretrain import tokenise
 from lockin_fast.organism.tokenizer import build_tokenizer
