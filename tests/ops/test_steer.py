@@ -79,6 +79,14 @@ def test_the_size_of_a_direction_does_not_matter(dtype, scale):
     assert_as_good_as_torch("steered", steer_(h.clone(), large, index, coefficient), truth, yardstick.to(dtype))
 
 
+def test_a_small_step_along_a_long_direction_is_not_lost():
+    direction = torch.randn(1, 48, generator=torch.Generator().manual_seed(0))
+    direction *= 3e38 / direction.abs().amax()
+    step = steer_(torch.zeros(1, 2, 48), direction, torch.zeros(1, dtype=torch.int64), torch.tensor([1e-6])).double()
+    truth = float(torch.tensor(1e-6)) * direction.double() / direction.double().norm()
+    assert (step - truth).abs().max() <= 4 * torch.finfo(torch.float32).eps * truth.abs().max()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_and_inf_propagate(dtype):
     h, directions, index, coefficient = inputs(5, 2, 48, dtype, directions=3)
@@ -167,7 +175,7 @@ def test_two_threads_at_once_and_any_number_of_threads():
     with ThreadPoolExecutor(2) as pool:
         for got, right in zip(pool.map(lambda case: steer_(case[0].clone(), *case[1:]), cases), expected, strict=True):
             assert torch.equal(got, right)
-    for threads in (1, 3):
+    for threads in (1, 4):  # four begin in the middle of a row
         with on_threads(threads):
             assert torch.equal(steer_(cases[0][0].clone(), *cases[0][1:]), expected[0])
 
