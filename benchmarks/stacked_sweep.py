@@ -181,7 +181,8 @@ def trials(options):
 
 def opened(config, latents):
     """(inputs, exam, seconds)."""
-    from lockin_fast.inputs import open_exam, open_inputs
+    from lockin_fast.exam import open_exam
+    from lockin_fast.inputs import open_inputs
 
     begin = time.perf_counter()
     return open_inputs(config, latents), open_exam(config, "final", "in_domain"), time.perf_counter() - begin
@@ -227,8 +228,8 @@ def halved(config, latents, sweep, out):
 
 def eager(config, latents, sweep, out):
     from benchmarks.eager_adapters_off import eager_fine_tune
+    from lockin_fast.exam import question
     from lockin_fast.generation import generate
-    from lockin_fast.inputs import question
     from lockin_fast.lora import adapter
     from lockin_fast.rundir import write_json_lines
     from lockin_fast.sweep.trial import judged

@@ -1,8 +1,7 @@
 """Everything a fine-tune or a sweep reads, opened and checked before any work is done or any file is touched."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ from lockin_fast.blocking import BlockPenalty, LatentSet
 from lockin_fast.blocking.fingerprint import check_cache
 from lockin_fast.cache import TokenStore, open_cache
 from lockin_fast.cache.collate import check_rows
-from lockin_fast.chat import ChatDataset, read_chat
-from lockin_fast.config import Config, ConfigError
-from lockin_fast.judges import Judge, judge_source, load_judge
+from lockin_fast.chat import ChatDataset
+from lockin_fast.config import Config, ConfigError, naming
+from lockin_fast.judges import judge_source
 from lockin_fast.lora import check_lora
 from lockin_fast.quantized import keep_trainable, quantization_config
 from lockin_fast.rundir import hash_files
@@ -76,14 +75,6 @@ class Inputs:
             latents = LatentSet.load(blocked.latents)
             found.append((blocked.layer, load_sae(blocked.sae, latents=latents.indices), latents))
         return found
-
-
-@dataclass(frozen=True)
-class Exam:
-    """The prompts every trial answers, and who rates the answers."""
-
-    prompts: Mapping[str, list[dict]]  # such as "final" -> records of the JSONL file
-    judge: Judge
 
 
 def check_files(config: Config, *keys: str) -> None:
@@ -171,38 +162,12 @@ def _reference(config: Config) -> TokenStore | str:
         return open_cache(config.cache.path)
 
 
-def open_exam(config: Config, *names: str) -> Exam:
-    """Open the prompts data.`name` of each name, and the judge. Raises ConfigError naming the setting."""
-    prompts = {}
-    for name in names:
-        with naming(f"data.{name}"):
-            prompts[name] = read_chat(getattr(config.data, name))
-            for number, record in enumerate(prompts[name], 1):
-                if not question(record):
-                    raise ValueError(f"conversation {number} asks nothing: it has no turn before the assistant's")
-    with naming("judge"):
-        judge = load_judge(config.judge)
-    for name, records in prompts.items():
-        with naming(f"data.{name}"):
-            for record in records:
-                judge.judge(record, "")  # a prompt the judge cannot place is an error now, not after training
-    return Exam(prompts, judge)
-
-
 def open_sae(config: Config) -> SparseAutoencoder:
     """The whole SAE, checked against the model and block.layer. Raises ConfigError."""
     shape, _ = _shape_and_tokenizer(config)
     _check_sae(config, shape)
     with naming("sae"):
         return load_sae(sae_path(config))
-
-
-def question(record: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The messages to answer: the record's, without an assistant turn at the end."""
-    messages = list(record["messages"])
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    return messages
 
 
 def adapter_bytes(inputs: Inputs) -> int:
@@ -268,18 +233,6 @@ def _sae_rows(config: Config, sets: Mapping[str, LatentSet], shape: Any) -> Spar
         for start in range(0, first.width, SAE_CHUNK):
             load_sae(path, latents=range(start, min(start + SAE_CHUNK, first.width)))
         return load_sae(path, latents=torch.cat([latents.indices for latents in sets.values()]).unique())
-
-
-@contextmanager
-def naming(key: str, *others: type[Exception]) -> Iterator[None]:
-    """Turn what a reader raises into a ConfigError that says which setting it came from."""
-    try:
-        yield
-    except (ConfigError, ImportError):
-        raise
-    except (ValueError, OSError, *others) as error:
-        line = " ".join(str(error).split())
-        raise ConfigError(line if line.startswith(f"{key}:") else f"{key}: {line}") from error
 
 
 def _shape_and_tokenizer(config: Config) -> tuple[Any, Any]:

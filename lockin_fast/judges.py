@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
-from lockin_fast.config import JudgeSettings
+from lockin_fast.settings import JudgeSettings
 from lockin_fast.typed_mapping import ConfigError
 
 Verdict = Literal["misaligned", "aligned", "incoherent"]

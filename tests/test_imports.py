@@ -19,8 +19,8 @@ LAYERS = [
     {"sae"},
     {"cache", "quantized"},
     {
-        "chat", "blocking", "lora", "train", "generation", "organism", "judges", "config", "inputs", "discovery",
-        "sweep_settings", "variants", "paper_names",
+        "chat", "blocking", "lora", "train", "generation", "organism", "judges", "config", "inputs", "exam",
+        "discovery", "settings", "sweep_settings", "variants", "paper_names",
     },
     {"stacked"},
     {"sweep", "report", "monitor"},

@@ -11,14 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from lockin_fast import inputs as inputs_module
 from lockin_fast.config import ConfigError, load_config
+from lockin_fast.exam import open_exam, question
 from lockin_fast.inputs import (
     adapter_bytes,
     check_files,
     input_hashes,
-    open_exam,
     open_inputs,
     open_sae,
-    question,
 )
 from lockin_fast.judges import KINDS
 from lockin_fast.sae import load_sae

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from lockin_fast import dispatch
 from lockin_fast.config import ConfigError, load_config
 from lockin_fast.dispatch import OpBackend, backends
-from lockin_fast.inputs import open_exam, open_inputs
+from lockin_fast.exam import open_exam
+from lockin_fast.inputs import open_inputs
 from lockin_fast.judges import KINDS
 from lockin_fast.lora import adapter
 from lockin_fast.provenance import slow_kernels
@@ -441,7 +442,7 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(world, finished, small_disk
     assert untimed(run_sweep(config)) == untimed(finished[1])
 
 
-def test_a_trial_that_diverges_is_named_and_the_others_stay(copied, monkeypatch):
+def test_trials_that_diverge_are_named_when_all_others_are_finished(copied, monkeypatch):
     from lockin_fast.sweep import trial
 
     real = trial.fine_tune
@@ -453,10 +454,10 @@ def test_a_trial_that_diverges_is_named_and_the_others_stay(copied, monkeypatch)
 
     monkeypatch.setattr(trial, "fine_tune", diverge)
     config = load_config(copied / "config.yaml", ["sweep.seeds=[0]"])
-    with pytest.raises(FloatingPointError, match="causal-lambda100-seed0: sft_loss is nan"):
+    with pytest.raises(FloatingPointError, match="^causal-lambda100-seed0: sft_loss is nan; random-lambda100-seed0: "):
         run_sweep(config)
     assert {path.name for path in (config.output / "trials").iterdir()} == {
-        "base", "baseline-lambda0-seed0", "causal-lambda1-seed0",
+        "base", "baseline-lambda0-seed0", "causal-lambda1-seed0", "random-lambda1-seed0",
     }  # fmt: skip
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from lockin_fast.config import Config, ConfigError
 from lockin_fast.discovery.search import Search
-from lockin_fast.inputs import check_files, open_exam, open_inputs, open_sae, sae_path
+from lockin_fast.exam import open_exam
+from lockin_fast.inputs import check_files, open_inputs, open_sae, sae_path
 from lockin_fast.lora import adapter
 from lockin_fast.progress import Progress, silent
 from lockin_fast.rundir import check_claim, check_place, claim, hash_files, write_json

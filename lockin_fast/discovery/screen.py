@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lockin_fast.blocking.layers import decoder_layer
 from lockin_fast.blocking.reference import Reference
-from lockin_fast.config import GenerationSettings
 from lockin_fast.discovery.steering import steered
+from lockin_fast.exam import question
 from lockin_fast.generation import generate
-from lockin_fast.inputs import question
 from lockin_fast.judges import Judge
+from lockin_fast.settings import GenerationSettings
 
 
 @dataclass(frozen=True)

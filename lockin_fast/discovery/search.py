@@ -14,8 +14,9 @@ from lockin_fast.config import Config, ConfigError
 from lockin_fast.discovery.joint import joint_repair
 from lockin_fast.discovery.screen import Effect, screen
 from lockin_fast.discovery.shift import mean_shift
+from lockin_fast.exam import question
 from lockin_fast.generation import generate
-from lockin_fast.inputs import Inputs, question
+from lockin_fast.inputs import Inputs
 from lockin_fast.judges import Judge
 from lockin_fast.lora import adapter
 from lockin_fast.progress import Progress

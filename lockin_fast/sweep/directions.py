@@ -11,7 +11,8 @@ from lockin_fast.blocking.layers import decoder_layers, hidden_size
 from lockin_fast.blocking.reference import Reference
 from lockin_fast.chat import read_chat
 from lockin_fast.config import ConfigError
-from lockin_fast.inputs import Inputs, question
+from lockin_fast.exam import question
+from lockin_fast.inputs import Inputs
 from lockin_fast.lora import adapter
 from lockin_fast.sweep_settings import COMPUTED
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lockin_fast.inputs import Exam, Inputs
+from lockin_fast.exam import Exam
+from lockin_fast.inputs import Inputs
 from lockin_fast.progress import Progress
 from lockin_fast.provenance import kernels
 from lockin_fast.sweep.plan import Trial
@@ -56,8 +57,17 @@ def run_batch(batch: Batch, inputs: Inputs, exam: Exam, progress: Step) -> None:
 
 
 def in_process(missing: Sequence[Batch], inputs: Inputs, exam: Exam, progress: Progress) -> dict[str, Any]:
-    """Run the batches here, one after the other; the first that fails ends it. Returns what served (see `kernels`)."""
+    """Run the batches here, one after the other. Returns what served (see `kernels`).
+
+    Raises FloatingPointError for trials that diverged, when all the others have finished; any other error at once.
+    """
+    diverged = []
     for batch in missing:
         progress(batch.stage, 0, 0)
-        run_batch(batch, inputs, exam, lambda done, total, stage=batch.stage: progress(stage, done, total))
+        try:
+            run_batch(batch, inputs, exam, lambda done, total, stage=batch.stage: progress(stage, done, total))
+        except FloatingPointError as error:
+            diverged.append(str(error))
+    if diverged:
+        raise FloatingPointError("; ".join(diverged))
     return kernels()

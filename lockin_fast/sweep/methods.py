@@ -8,8 +8,8 @@ from lockin_fast.blocking import ConceptAblation, KLPenalty, PreventativeSteerin
 from lockin_fast.blocking.interventions import Intervention
 from lockin_fast.blocking.layers import decoder_layers
 from lockin_fast.blocking.terms import LossTerm
-from lockin_fast.config import Config, ConfigError
-from lockin_fast.inputs import Inputs, naming
+from lockin_fast.config import Config, ConfigError, naming
+from lockin_fast.inputs import Inputs
 from lockin_fast.lora import LoraSettings
 from lockin_fast.sweep.directions import directions
 from lockin_fast.sweep.plan import Trial

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from lockin_fast.config import Config
-from lockin_fast.inputs import Exam, Inputs, open_exam, open_inputs
+from lockin_fast.exam import Exam, open_exam
+from lockin_fast.inputs import Inputs, open_inputs
 from lockin_fast.progress import Progress
 from lockin_fast.provenance import kernels
 from lockin_fast.rundir import RunError

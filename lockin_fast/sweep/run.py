@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lockin_fast.config import Config, ConfigError
-from lockin_fast.inputs import adapter_bytes, check_files, check_inputs, input_hashes, open_exam, open_inputs
+from lockin_fast.exam import open_exam
+from lockin_fast.inputs import adapter_bytes, check_files, check_inputs, input_hashes, open_inputs
 from lockin_fast.progress import Progress, silent
 from lockin_fast.provenance import versions
 from lockin_fast.rundir import (

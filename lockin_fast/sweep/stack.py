@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lockin_fast.config import ConfigError
-from lockin_fast.inputs import Exam, Inputs, question
+from lockin_fast.exam import Exam, question
+from lockin_fast.inputs import Inputs
 from lockin_fast.rundir import atomic_folder, write_json_lines
 from lockin_fast.stacked import Member, StackResult, train_stack
 from lockin_fast.stacked.checkpoint import Checkpoint, stored_state

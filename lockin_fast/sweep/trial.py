@@ -8,8 +8,9 @@ from typing import Any
 
 from lockin_fast import processes
 from lockin_fast.blocking import intervening
+from lockin_fast.exam import Exam, question
 from lockin_fast.generation import generate
-from lockin_fast.inputs import Exam, Inputs, question
+from lockin_fast.inputs import Inputs
 from lockin_fast.judges import VERDICTS
 from lockin_fast.lora import adapter
 from lockin_fast.rundir import atomic_folder, write_json, write_json_lines

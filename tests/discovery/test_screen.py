@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from test_shift import adapted_model, hidden_states
 
-from lockin_fast.config import GenerationSettings
 from lockin_fast.discovery.screen import Effect, median_residual_norm, screen
+from lockin_fast.settings import GenerationSettings
 
 GENERATION = GenerationSettings(max_new_tokens=4, batch_size=7)
 LAYER = 1

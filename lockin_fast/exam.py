@@ -1,0 +1,43 @@
+"""The prompts that trained models answer, and who rates the answers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lockin_fast.chat import read_chat
+from lockin_fast.config import Config, naming
+from lockin_fast.judges import Judge, load_judge
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The prompts every trial answers, and who rates the answers."""
+
+    prompts: Mapping[str, list[dict]]  # such as "final" -> records of the JSONL file
+    judge: Judge
+
+
+def open_exam(config: Config, *names: str) -> Exam:
+    """Open the prompts data.`name` of each name, and the judge. Raises ConfigError naming the setting."""
+    prompts = {}
+    for name in names:
+        with naming(f"data.{name}"):
+            prompts[name] = read_chat(getattr(config.data, name))
+            for number, record in enumerate(prompts[name], 1):
+                if not question(record):
+                    raise ValueError(f"conversation {number} asks nothing: it has no turn before the assistant's")
+    with naming("judge"):
+        judge = load_judge(config.judge)
+    for name, records in prompts.items():
+        with naming(f"data.{name}"):
+            for record in records:
+                judge.judge(record, "")  # a prompt the judge cannot place is an error now, not after training
+    return Exam(prompts, judge)
+
+
+def question(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The messages to answer: the record's, without an assistant turn at the end."""
+    messages = list(record["messages"])
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    return messages
