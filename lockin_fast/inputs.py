@@ -16,7 +16,7 @@ from lockin_fast.cache.collate import check_rows
 from lockin_fast.chat import ChatDataset
 from lockin_fast.config import Config, ConfigError, naming
 from lockin_fast.judges import judge_source
-from lockin_fast.lora import check_lora
+from lockin_fast.lora import adapted_modules, check_lora
 from lockin_fast.quantized import keep_trainable, quantization_config
 from lockin_fast.rundir import hash_files
 from lockin_fast.sae import SparseAutoencoder, load_sae
@@ -172,17 +172,9 @@ def open_sae(config: Config) -> SparseAutoencoder:
 
 def adapter_bytes(inputs: Inputs) -> int:
     """Size on disk of one adapter with the configured LoRA, to within its small files."""
-    from lockin_fast.blocking.layers import decoder_layers
-
-    lora, count = inputs.config.lora, 0
-    for index, layer in enumerate(decoder_layers(inputs.model)):
-        if lora.layers is None or index in lora.layers:
-            count += sum(
-                lora.r * (module.in_features + module.out_features) + lora.use_dora * module.out_features
-                for name, module in layer.named_modules()
-                if name.rpartition(".")[2] in lora.target_modules and hasattr(module, "in_features")
-            )
-    return 4 * count
+    lora = inputs.config.lora
+    modules = [module for _, module in adapted_modules(inputs.model, lora) if hasattr(module, "in_features")]
+    return 4 * sum(lora.r * (m.in_features + m.out_features) + lora.use_dora * m.out_features for m in modules)
 
 
 def _penalty(

@@ -55,6 +55,15 @@ def check_lora(model: nn.Module, lora: LoraSettings) -> None:
         raise ValueError(f"lora.target_modules: the model's layers have no {unknown}; they have {sorted(linear)}")
 
 
+def adapted_modules(model: nn.Module, lora: LoraSettings) -> Iterator[tuple[str, nn.Module]]:
+    """(name within its layer, module) of every module of the base model on which the settings put an adapter."""
+    for index, layer in enumerate(decoder_layers(model)):
+        if lora.layers is None or index in lora.layers:
+            for name, module in layer.named_modules():
+                if name.rpartition(".")[2] in lora.target_modules:
+                    yield name, module
+
+
 @contextmanager
 def borrowed_with_lora(model: nn.Module, lora: LoraSettings, seed: int) -> Iterator[nn.Module]:
     """`model` with a fresh LoRA adapter (B = 0, A drawn by seed) inside the context, and as it was after it.

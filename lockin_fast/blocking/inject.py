@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lockin_fast.blocking.layers import captured_forward, site_module, unwrap
-from lockin_fast.blocking.reference import Reference
+from lockin_fast.blocking.reference import references_of
 from lockin_fast.blocking.terms import LossTerm, checked_hidden, checked_terms
 from lockin_fast.cache import TokenStore
 from lockin_fast.quantized import keep_trainable
@@ -53,13 +53,7 @@ class GradientInjection:
         keep_trainable(unwrap(model))
         self._model = model
         self._sites = {term.site: site_module(model, term.site) for term in self._terms}
-        sites_of: dict = {}
-        for term in self._terms:
-            sites_of.setdefault(term.reference, []).append(term.site)
-        self._references = {
-            reference: Reference(model if reference == "live" else reference, *sites, adapters=reference == "live")
-            for reference, sites in sites_of.items()
-        }
+        self._references = references_of(model, self._terms)
         self.last: dict[str, Tensor] = {}
 
     @contextmanager

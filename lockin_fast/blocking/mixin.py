@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lockin_fast.blocking.fingerprint import check_cache
 from lockin_fast.blocking.layers import captured_forward, site_module, unwrap
 from lockin_fast.blocking.meter import LossMeter
-from lockin_fast.blocking.reference import Reference
+from lockin_fast.blocking.reference import references_of
 from lockin_fast.blocking.terms import LossTerm, checked_hidden, checked_terms
 from lockin_fast.blocking.tokens import check_supervised
 from lockin_fast.cache import TokenStore
@@ -101,14 +101,7 @@ class LatentBlockMixin:
         if self._bound_model is model:
             return
         self._sites = {term.site: site_module(model, term.site) for term in self.loss_terms}
-        sites_of = {}
-        for term in self.loss_terms:
-            if not isinstance(term.reference, TokenStore):
-                sites_of.setdefault(term.reference, []).append(term.site)
-        self._references = {
-            reference: Reference(model if reference == "live" else reference, *sites, adapters=reference == "live")
-            for reference, sites in sites_of.items()
-        }
+        self._references = references_of(model, self.loss_terms)
         self._bound_model = model
 
     def _add_terms(self, sft_loss: Tensor, seen, brought, labels, num_items_in_batch) -> Tensor:

@@ -1,13 +1,14 @@
 """The live reference: the base model's hidden states for the batch at hand, at the cost of the layers they need."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from lockin_fast.blocking.layers import Site, is_compiled, is_sharded, residual_stream, site_module, text_config, unwrap
+from lockin_fast.cache import TokenStore
 from lockin_fast.quantized import is_quantized
 
 _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "fused_lm_head")  # the last is TRL's
@@ -123,6 +124,18 @@ class Reference:
                 module._disable_adapters = False
             for module in training:
                 module.training = True
+
+
+def references_of(model: nn.Module, terms: Iterable) -> dict[str | nn.Module, Reference]:
+    """{source: Reference} of the loss terms that run a model, "live" or a second one; one serves all of its sites."""
+    sites: dict[str | nn.Module, list[Site]] = {}
+    for term in terms:
+        if not isinstance(term.reference, TokenStore):
+            sites.setdefault(term.reference, []).append(term.site)
+    return {
+        source: Reference(model if source == "live" else source, *of_source, adapters=source == "live")
+        for source, of_source in sites.items()
+    }
 
 
 def _rounds_to_16_bits(hidden: Tensor) -> bool:

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lockin_fast.blocking.layers import decoder_layers
-from lockin_fast.lora import LoraSettings, borrowed_with_lora, check_lora, save_adapter
+from lockin_fast.lora import LoraSettings, adapted_modules, borrowed_with_lora, check_lora, save_adapter
 from lockin_fast.stacked.linear import Factors, StackedLinear, Window, check_base
 
 PREFIX = "base_model.model."  # of PEFT's names for the modules of the base model
@@ -203,11 +202,8 @@ def check_same_lora(settings: Mapping[object, LoraSettings]) -> LoraSettings:
 def check_stackable(model: nn.Module, lora: LoraSettings) -> None:
     """Raise ValueError unless adapters of these settings can be stacked on the model."""
     _check_plain(model, lora)
-    for index, layer in enumerate(decoder_layers(model)):
-        if lora.layers is None or index in lora.layers:
-            for name, module in layer.named_modules():
-                if name.rpartition(".")[2] in lora.target_modules:
-                    check_base(name, module)
+    for name, module in adapted_modules(model, lora):
+        check_base(name, module)
 
 
 def _check_plain(model: nn.Module, lora: LoraSettings) -> None:
