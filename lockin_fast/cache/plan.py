@@ -54,7 +54,7 @@ class Plan:
         return sorted(found, key=lambda work: (-len(work.input_ids), work.row))
 
     def sample(self, tokens: int) -> list[Work]:
-        """Rows spread evenly over the dataset that hold at least so many of the tokens, or all rows, as they lie."""
+        """Rows spread evenly over the dataset that hold about so many of the tokens, or all rows, as they lie."""
         starts = np.flatnonzero(np.diff(self.row, prepend=-1))
         stops = np.append(starts[1:], len(self.row))
         wanted = min(len(starts), max(1, round(tokens * len(starts) / len(self.row))))

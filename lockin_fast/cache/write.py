@@ -76,7 +76,8 @@ def write_cache(
     check_place(folder, content.bytes_per_token() * len(plan))
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder.glob(".*.partial"))
-    key = {"kind": content.kind, **key, "text": plan.digest, "tokens": len(plan), "shards": len(plan.shards)}
+    key = {"kind": content.kind, **key, "text": plan.digest, "tokens": len(plan)}
+    key |= {"shard_tokens": settings.shard_tokens, "shards": len(plan.shards)}  # shards of other cuts would not fit
 
     def measure() -> dict[str, Any]:
         for earlier in folder.glob(f"{NOISE}.*"):  # of a process that was killed before the manifest was there

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,16 @@ def test_shards_on_disk_are_not_computed_again_and_damaged_ones_are(tmp_path, ro
     assert contents(folder) == whole
     kept = [path for path in times if path not in (shards[0], shards[2])]
     assert all(path.stat().st_mtime_ns == times[path] for path in kept) and len(kept) > 2
+
+
+def test_shards_that_were_cut_otherwise_are_not_mixed(tmp_path, rows):
+    """As many of them, but between other rows."""
+    first, other = (make_plan(rows, "supervised", tokens).shards for tokens in (10, 18))
+    assert len(first) == len(other) and first != other
+    source = CacheSource(tiny.model(), LAYER, rows)
+    write_latents(tmp_path, source, tiny.sae(), [3], settings=replace(SETTINGS, shard_tokens=10))
+    with pytest.raises(CacheError, match="written for another shard_tokens: there it is 10, here 18; give another"):
+        write_latents(tmp_path, source, tiny.sae(), [3], settings=replace(SETTINGS, shard_tokens=18))
 
 
 @pytest.mark.parametrize("kind", ["latents", "hidden_states"])
