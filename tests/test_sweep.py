@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -24,9 +25,11 @@ from lockin_fast.inputs import open_inputs
 from lockin_fast.judges import KINDS
 from lockin_fast.lora import adapter
 from lockin_fast.provenance import slow_kernels
+from lockin_fast.report import write_report
 from lockin_fast.rundir import RunError, claim, hash_files
 from lockin_fast.sweep import run as sweep_run
 from lockin_fast.sweep import run_sweep
+from lockin_fast.sweep.engines import TrialsFailed
 from lockin_fast.sweep.single import run_training
 from lockin_fast.sweep.summary import summarise
 from lockin_fast.sweep.trial import Trial, run_trial
@@ -452,13 +455,36 @@ def test_trials_that_diverge_are_named_when_all_others_are_finished(copied, monk
             raise FloatingPointError("sft_loss is nan")
         return real(*args, penalty=penalty, **kwargs)
 
-    monkeypatch.setattr(trial, "fine_tune", diverge)
     config = load_config(copied / "config.yaml", ["sweep.seeds=[0]"])
-    with pytest.raises(FloatingPointError, match="^causal-lambda100-seed0: sft_loss is nan; random-lambda100-seed0: "):
-        run_sweep(config)
+    named = (
+        "2 of 6 trials failed, the others are finished: causal-lambda100-seed0: sft_loss is nan; "
+        f"random-lambda100-seed0: sft_loss is nan; for what is finished: lockin-fast report {config.output}"
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(trial, "fine_tune", diverge)
+        with pytest.raises(TrialsFailed, match=f"^{re.escape(named)}$"):
+            run_sweep(config)
     assert {path.name for path in (config.output / "trials").iterdir()} == {
         "base", "baseline-lambda0-seed0", "causal-lambda1-seed0", "random-lambda1-seed0",
     }  # fmt: skip
+    write_report(config.output)
+    page = (config.output / "report.html").read_text()
+    assert "Without trials that failed: causal-lambda100-seed0, random-lambda100-seed0." in page
+    summary = run_sweep(config)
+    assert summary["missing"] == [] and len(summary["trials"]) == 4, "they are tried again"
+
+
+def test_without_a_baseline_there_is_nothing_to_report(copied, monkeypatch):
+    from lockin_fast.sweep import trial
+
+    def diverge(*args, penalty, **kwargs):
+        raise FloatingPointError("sft_loss is nan")
+
+    monkeypatch.setattr(trial, "fine_tune", diverge)
+    config = load_config(copied / "config.yaml", ["sweep.seeds=[0]"])
+    with pytest.raises(TrialsFailed, match="^5 of 6 trials failed, .*; and 2 more$"):
+        run_sweep(config)
+    assert not (config.output / "summary.json").exists()
 
 
 def sweep_in_process(config_file, output):

@@ -7,6 +7,7 @@ from lockin_fast.sweep.summary import is_blocked, method_name
 
 Summary = Mapping[str, Any]
 HEADINGS = ("latents", "lambda", "misaligned", "change", "in-domain", "incoherent", "penalty", "s/step")
+SHOWN_MISSING = 3
 
 
 class TableRow(NamedTuple):
@@ -18,7 +19,15 @@ class TableRow(NamedTuple):
 
 
 def headline(summary: Summary) -> str:
-    """One sentence: how much misalignment the best setting removes, and what it costs."""
+    """How much misalignment the best setting removes and what it costs, and which trials that is without."""
+    missing = summary.get("missing", [])
+    if not missing:
+        return _verdict(summary)
+    more = f" and {len(missing) - SHOWN_MISSING} more" if len(missing) > SHOWN_MISSING else ""
+    return f"{_verdict(summary)} Without trials that failed: {', '.join(missing[:SHOWN_MISSING])}{more}."
+
+
+def _verdict(summary: Summary) -> str:
     unblocked, best = summary["baseline"], summary["best"]
     if unblocked["em"] == 0:
         return "Fine-tuning without blocking made nothing misaligned here, so there is nothing to prevent."

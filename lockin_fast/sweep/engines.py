@@ -9,9 +9,16 @@ from lockin_fast.exam import Exam
 from lockin_fast.inputs import Inputs
 from lockin_fast.progress import Progress
 from lockin_fast.provenance import kernels
+from lockin_fast.rundir import RunError
 from lockin_fast.sweep.plan import Trial
 from lockin_fast.sweep.stack import run_stack, stored_stack
 from lockin_fast.sweep.trial import Step, run_trial
+
+SHOWN_FAILURES = 3
+
+
+class TrialsFailed(RunError):
+    """Some trials of a sweep failed; it is raised when all the others are finished."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +66,26 @@ def run_batch(batch: Batch, inputs: Inputs, exam: Exam, progress: Step) -> None:
 def in_process(missing: Sequence[Batch], inputs: Inputs, exam: Exam, progress: Progress) -> dict[str, Any]:
     """Run the batches here, one after the other. Returns what served (see `kernels`).
 
-    Raises FloatingPointError for trials that diverged, when all the others have finished; any other error at once.
+    Raises TrialsFailed, when all the others have run, for trials that diverged; any other error ends it at once.
     """
-    diverged = []
+    failures = []
     for batch in missing:
         progress(batch.stage, 0, 0)
         try:
             run_batch(batch, inputs, exam, lambda done, total, stage=batch.stage: progress(stage, done, total))
         except FloatingPointError as error:
-            diverged.append(str(error))
-    if diverged:
-        raise FloatingPointError("; ".join(diverged))
+            failures.append((batch, str(error)))
+    if failures:
+        raise trials_failed(failures, sum(len(batch.trials) for batch in missing))
     return kernels()
+
+
+def trials_failed(failures: Sequence[tuple[Batch, str]], total: int) -> TrialsFailed:
+    """The error, in one line, for batches that failed and why, of `total` trials that were to run."""
+    lines = []
+    for batch, cause in failures[:SHOWN_FAILURES]:
+        names, line = [trial.name for trial in batch.trials], " ".join(cause.split())
+        lines.append(line if line.startswith(tuple(names)) else f"{', '.join(names)}: {line}")
+    failed = sum(not folder.is_dir() for batch, _ in failures for folder in batch.folders)
+    more = f"; and {len(failures) - SHOWN_FAILURES} more" if len(failures) > SHOWN_FAILURES else ""
+    return TrialsFailed(f"{failed} of {total} trials failed, the others are finished: {'; '.join(lines)}{more}")

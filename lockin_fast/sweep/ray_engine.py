@@ -24,7 +24,7 @@ from lockin_fast.inputs import Inputs, open_inputs
 from lockin_fast.progress import Progress
 from lockin_fast.provenance import kernels
 from lockin_fast.rundir import RunError
-from lockin_fast.sweep.engines import Batch, run_batch
+from lockin_fast.sweep.engines import Batch, run_batch, trials_failed
 from lockin_fast.sweep_settings import RaySettings
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray starts a cluster: nothing is sent anywhere
@@ -32,8 +32,6 @@ try:
     import ray
 except ImportError as error:
     raise ImportError("sweep.engine: ray needs the package ray: pip install 'lockin-fast[ray]'") from error
-
-SHOWN_FAILURES = 3
 
 
 def on_ray(
@@ -43,8 +41,8 @@ def on_ray(
 
     Takes the cluster of RAY_ADDRESS, else one that runs on this machine, else starts one here for the while.
     latents, exams: the files of the sets and the names of the prompts that a worker opens. Raises RunError: before
-    anything starts, where no machine has a trial's resources; when all the others have finished, for trials that
-    failed, or whose worker died more than max_retries times.
+    anything starts, where no machine has a trial's resources; TrialsFailed when all the others have finished, for
+    trials that failed, or whose worker died more than max_retries times.
     """
     settings, total = config.sweep.ray, sum(len(batch.trials) for batch in missing)
     stage, finished = f"{total} trials on Ray", 0
@@ -68,7 +66,8 @@ def on_ray(
             finished += len(batch.trials)
             progress(stage, finished, total)
     if failures:
-        raise RunError(_in_one_line(failures, total, tries=1 + settings.max_retries)) from failures[0][1]
+        causes = [(batch, _cause(error, tries=1 + settings.max_retries)) for batch, error in failures]
+        raise trials_failed(causes, total) from failures[0][1]
     return served
 
 
@@ -128,15 +127,7 @@ def _gpus_per_trial(settings: RaySettings) -> float:
     return gpus
 
 
-def _in_one_line(failures: Sequence[tuple[Batch, Exception]], total: int, tries: int) -> str:
-    lines = []
-    for batch, error in failures[:SHOWN_FAILURES]:
-        names = [trial.name for trial in batch.trials]
-        cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-        line = " ".join(str(cause).split())
-        if isinstance(error, ray.exceptions.WorkerCrashedError):
-            line = f"its worker died in {tries} of {tries} tries"
-        lines.append(line if line.startswith(tuple(f"{name}: " for name in names)) else f"{', '.join(names)}: {line}")
-    failed = sum(not folder.is_dir() for batch, _ in failures for folder in batch.folders)
-    more = f"; and {len(failures) - SHOWN_FAILURES} more" if len(failures) > SHOWN_FAILURES else ""
-    return f"{failed} of {total} trials failed, the others are finished: {'; '.join(lines)}{more}"
+def _cause(error: Exception, tries: int) -> str:
+    if isinstance(error, ray.exceptions.WorkerCrashedError):
+        return f"its worker died in {tries} of {tries} tries"
+    return str(error.cause if isinstance(error, ray.exceptions.RayTaskError) else error)

@@ -21,7 +21,7 @@ from lockin_fast.rundir import (
     write_json_lines,
     write_text,
 )
-from lockin_fast.sweep.engines import batches, in_process
+from lockin_fast.sweep.engines import TrialsFailed, batches, in_process
 from lockin_fast.sweep.methods import check_setups
 from lockin_fast.sweep.plan import Trial, latent_files, method_files, plan
 from lockin_fast.sweep.stack import remove_stored, stacks
@@ -85,12 +85,19 @@ def run_sweep(config: Config, progress: Progress = silent) -> dict[str, Any]:
 
     with claim(run, "sweep", entry | {"versions": versions()}, may_grow=MAY_GROW) as record:
         write_config(config, run)
-        if missing and on_ray:
-            record(kernels=on_ray(missing, config, latents, EXAMS, progress))
-        elif missing:
-            record(kernels=in_process(missing, inputs, exam, progress))
+        data = {"train_rows": len(inputs.dataset), "train_rows_dropped": inputs.dataset.dropped}
+        try:
+            if missing and on_ray:
+                record(kernels=on_ray(missing, config, latents, EXAMS, progress))
+            elif missing:
+                record(kernels=in_process(missing, inputs, exam, progress))
+        except TrialsFailed as error:
+            if not _can_be_summarised(run, trials):
+                raise
+            _finish(run, trials, data)
+            raise TrialsFailed(f"{error}; for what is finished: lockin-fast report {run}") from error
         remove_stored(run / "trials")
-        return _finish(run, trials, {"train_rows": len(inputs.dataset), "train_rows_dropped": inputs.dataset.dropped})
+        return _finish(run, trials, data)
 
 
 def _ray_engine() -> Any:
@@ -119,17 +126,27 @@ def _check_discovered(run: Path, discovered: Mapping[str, Any], inputs: Mapping[
             )
 
 
+def _is_finished(run: Path, trial: Trial) -> bool:
+    return (run / "trials" / trial.name).is_dir()
+
+
+def _can_be_summarised(run: Path, trials: list[Trial]) -> bool:
+    """Whether the base model, an unblocked fine-tune and one with blocking are finished."""
+    return {"base", "unblocked", "block"} <= {trial.kind for trial in trials if _is_finished(run, trial)}
+
+
 def _finish(run: Path, trials: list[Trial], data: dict[str, int]) -> dict[str, Any]:
-    """Write metrics.jsonl and summary.json from the folders of all trials."""
+    """Write metrics.jsonl and summary.json from the folders of all trials that are finished."""
     rows, metrics = [], []
-    for trial in trials:
+    for trial in (trial for trial in trials if _is_finished(run, trial)):
         folder = run / "trials" / trial.name
         rows.append(json.loads((folder / "result.json").read_text(encoding="utf-8")))
         history = folder / "metrics.jsonl"
         metrics += [{"trial": trial.name} | row for row in (read_json_lines(history) if history.exists() else [])]
     by_kind = {kind: [row for row in rows if row["method"] == kind] for kind in ("base", "unblocked")}
     others = [row for row in rows if row["method"] not in by_kind]
-    summary = summarise(*by_kind["base"], by_kind["unblocked"], others) | {"data": data}
+    failed = [trial.name for trial in trials if not _is_finished(run, trial)]
+    summary = summarise(*by_kind["base"], by_kind["unblocked"], others) | {"missing": failed, "data": data}
     write_json_lines(run / "metrics.jsonl", metrics)
     write_json(run / "summary.json", summary)
     return summary

@@ -85,9 +85,12 @@ def run_stack(trials: Sequence[Trial], inputs: Inputs, exam: Exam, folders: Sequ
                 write_json_lines(partial / "metrics.jsonl", result.members[n].history)
                 write_result(partial, trials[n], inputs, replies, _numbers(result, n))
     checkpoint.path.unlink(missing_ok=True)
-    failures = [f"{trials[n].name}: {member.failure}" for n, member in enumerate(result.members) if member.failure]
+    failures: dict[str, list[str]] = {}
+    for trial, member in zip(trials, result.members, strict=True):
+        if member.failure:
+            failures.setdefault(member.failure, []).append(trial.name)
     if failures:
-        raise FloatingPointError("; ".join(failures))
+        raise FloatingPointError("; ".join(f"{', '.join(names)}: {failure}" for failure, names in failures.items()))
 
 
 def _answers(trials, result: StackResult, inputs: Inputs, exam: Exam, answered) -> list[list[dict[str, Any]]]:

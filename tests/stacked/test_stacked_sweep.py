@@ -19,6 +19,7 @@ from lockin_fast.inputs import open_inputs
 from lockin_fast.judges import KINDS
 from lockin_fast.rundir import RunError
 from lockin_fast.sweep import engines, plan, run_sweep, stack
+from lockin_fast.sweep.engines import TrialsFailed
 
 FILES = ("replies.jsonl", "metrics.jsonl", "adapter_model.safetensors", "adapter_config.json", "README.md")
 KILLS = 6
@@ -190,11 +191,15 @@ def test_killed_between_two_folders(world, together, tmp_path, monkeypatch):
 
 def test_a_trial_that_diverges_is_named_and_the_others_are_finished(world, tmp_path):
     output = tmp_path / "run"
-    with pytest.raises(FloatingPointError, match="causal-lambda3e[+]38-seed0: grad_norm is (inf|nan)"):
-        sweep(world, output, "sweep.lambdas=[1, 3.0e+38]", "sweep.seeds=[0]", "train.max_grad_norm=1.0")
+    more = ["sweep.latents.again=latents/causal.json", "sweep.stack=5", "train.max_grad_norm=1.0"]
+    names = "causal-lambda3e[+]38-seed0, again-lambda3e[+]38-seed0"
+    failed = f"{names}: grad_norm is (inf|nan) [^;]*; the adapter was dropped[^;]*"
+    with pytest.raises(TrialsFailed, match=f"^2 of 6 trials failed, [^;]*: {failed}; for what is finished: "):
+        sweep(world, output, "sweep.lambdas=[1, 3.0e+38]", "sweep.seeds=[0]", *more)
     assert {path.name for path in (output / "trials").iterdir()} == {
-        "base", "baseline-lambda0-seed0", "causal-lambda1-seed0"
+        "base", "baseline-lambda0-seed0", "causal-lambda1-seed0", "again-lambda1-seed0"
     }  # fmt: skip
+    assert len(json.loads((output / "summary.json").read_text())["missing"]) == 2
 
 
 def test_a_model_that_cannot_be_stacked(world, tmp_path):
