@@ -18,8 +18,8 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def model_key(model: nn.Module, layer: int, autocast: str = "no") -> dict[str, Any]:
     """The base model up to decoder layer `layer` as a cache's key: layer, autocast, quantization, model.
 
-    "model" maps each parameter that the layer's output depends on, under the name it has without adapters, to a digest
-    of its name, shape, dtype and content; adapters are left out. It is that of the same weights whatever file they came
+    "model" maps each parameter and buffer (such as the frequencies of a rotary embedding) that the layer's output
+    depends on, under the name it has without adapters, to a digest of shape, dtype and content; adapters are left out. It is that of the same weights whatever file they came
     from, wrapped by PEFT or not, on any device, before and after bitsandbytes repacks 4-bit codes for CPUs.
     autocast: "no", "bf16" or "fp16": the mixed precision of training, under which the reference runs as well.
 
@@ -27,7 +27,7 @@ def model_key(model: nn.Module, layer: int, autocast: str = "no") -> dict[str, A
     """
     decoder_layer(model, layer)
     quantized = getattr(text_config(model), "quantization_config", None)
-    digests = {name: _digest(parameter) for name, parameter in _base_parameters(model, layer)}
+    digests = {name: _digest(tensor) for name, tensor in _base_tensors(model, layer)}
     return {
         "layer": layer,
         "autocast": autocast,
@@ -52,31 +52,37 @@ def _kind_of(quantized) -> str:
     return str(getattr(method, "value", method))
 
 
-def _base_parameters(model: nn.Module, layer: int):
-    """(name, parameter) of what the layer's output depends on, sorted by name."""
+def _base_tensors(model: nn.Module, layer: int):
+    """(name, parameter or buffer) of what the layer's output depends on, sorted by name."""
     model = unwrap(model)
-    above = {id(p) for later in list(decoder_layers(model))[layer + 1 :] for p in later.parameters()}
+    above = {id(tensor) for later in list(decoder_layers(model))[layer + 1 :] for _, tensor in _tensors(later)}
     embeddings = {id(p) for p in model.get_input_embeddings().parameters()}
     head = model.get_output_embeddings()
     above |= {id(p) for p in head.parameters()} - embeddings if head is not None else set()
     found = {}
     switched = adapter_modules(model) if hasattr(model, "peft_config") else []
-    inside = {id(parameter) for module in switched for parameter in module.parameters()}
-    for name, parameter in model.named_parameters():
+    inside = {id(tensor) for module in switched for _, tensor in _tensors(module)}
+    for name, tensor in _tensors(model):
         of_base = ".base_layer." in name or ".original_module." in name
-        if id(parameter) in above or (id(parameter) in inside and not of_base):
+        if id(tensor) in above or (id(tensor) in inside and not of_base):
             continue
         for part in ("base_model.model.", ".base_layer", ".original_module"):
             name = name.replace(part, "")
-        found[name] = parameter
+        found[name] = tensor
     return sorted(found.items())
 
 
+def _tensors(module: nn.Module):
+    """(name, parameter or buffer) of all that a module computes with."""
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
 @torch.no_grad()
-def _digest(parameter: Tensor) -> str:
+def _digest(tensor: Tensor) -> str:
     """16 hex digits: shape, dtype, the sum of all elements' bits, and some elements at their places."""
-    state = getattr(parameter, "quant_state", None)
-    values = parameter.detach().reshape(-1)
+    state = getattr(tensor, "quant_state", None)
+    values = tensor.detach().reshape(-1)
     if state is not None:  # 4-bit codes: how often each occurs, which repacking leaves as it is
         values = values.contiguous().view(torch.uint8)
         counts = sum(torch.bincount(half.long(), minlength=16) for half in (values & 15, values >> 4))
@@ -84,5 +90,5 @@ def _digest(parameter: Tensor) -> str:
     else:
         bits = values.view(_BITS[values.element_size()])
         step = max(1, values.numel() // SAMPLED)
-        facts = [tuple(parameter.shape), str(parameter.dtype), int(bits.sum(dtype=torch.int64)), bits[::step].tolist()]
+        facts = [tuple(tensor.shape), str(tensor.dtype), int(bits.sum(dtype=torch.int64)), bits[::step].tolist()]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

@@ -96,6 +96,12 @@ def test_another_model_is_named_before_training(tmp_path, caches, rows):
         trainer(tmp_path, adapted(), rows, penalty, bf16=True)
 
 
+def test_the_same_weights_under_another_rotary_embedding_are_another_model(caches):
+    other = tiny.model(rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    with pytest.raises(CacheError, match="another model.model.rotary_emb.inv_freq"):
+        check_cache(open_cache(caches()), other, LAYER)
+
+
 def test_the_fingerprint_is_that_of_the_base_model(caches):
     key = model_key(tiny.model(), LAYER)
     assert key == model_key(adapted(), LAYER) == model_key(torch.nn.parallel.DataParallel(tiny.model()).module, LAYER)
