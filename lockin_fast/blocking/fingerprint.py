@@ -19,8 +19,9 @@ def model_key(model: nn.Module, layer: int, autocast: str = "no") -> dict[str, A
     """The base model up to decoder layer `layer` as a cache's key: layer, autocast, quantization, model.
 
     "model" maps each parameter and buffer (such as the frequencies of a rotary embedding) that the layer's output
-    depends on, under the name it has without adapters, to a digest of shape, dtype and content; adapters are left out. It is that of the same weights whatever file they came
-    from, wrapped by PEFT or not, on any device, before and after bitsandbytes repacks 4-bit codes for CPUs.
+    depends on, under the name it has without adapters, to a digest of shape, dtype and content; adapters are left out.
+    It is that of the same weights whatever file they came from, wrapped by PEFT or not, on any device, before and after
+    bitsandbytes repacks 4-bit codes for CPUs.
     autocast: "no", "bf16" or "fp16": the mixed precision of training, under which the reference runs as well.
 
     Cost: one read of the parameters. Raises ValueError for a layer the model does not have.

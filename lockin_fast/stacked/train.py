@@ -16,7 +16,7 @@ from lockin_fast.labels import targets
 from lockin_fast.lora import LoraSettings, check_lora, is_checkpointing, start_checkpointing, stop_checkpointing
 from lockin_fast.quantized import keep_trainable
 from lockin_fast.stacked.checkpoint import Checkpoint, check_same
-from lockin_fast.stacked.data import RowOrder, epochs_passed, micro_batches, total_steps
+from lockin_fast.stacked.data import RowOrder, digest, epochs_passed, micro_batches, total_steps
 from lockin_fast.stacked.meter import StackedMeter, not_finite
 from lockin_fast.stacked.objective import Objective
 from lockin_fast.stacked.size import rows_of_a_forward, rows_of_an_adapter
@@ -107,6 +107,7 @@ class _Run:
         self._terms = [checked_terms(member.penalty) for member in members]
         self._targets = [int(targets(row["labels"]).sum()) for row in dataset]
         self._longest = max(len(row["input_ids"]) for row in dataset)
+        self._digest = digest(dataset)
         self._orders = {seed: RowOrder(len(dataset), seed, settings) for seed in {m.seed: None for m in members}}
         self._total = total_steps(len(dataset), settings)
         self._factor = _schedule(settings, self._total)
@@ -230,11 +231,12 @@ class _Run:
         settings = asdict(self._settings)
         for name in ("seed", "micro_batch_size", "gradient_checkpointing"):  # no part of what is trained
             del settings[name]
-        return {"train": settings, "lora": asdict(self.stack.lora), "rows": len(self._dataset)}
+        return {"train": settings, "lora": asdict(self.stack.lora), "data": self._digest}
 
     def _identity(self, n: int) -> dict[str, Any]:
         member = self._members[n]
-        return {"name": member.name, "seed": member.seed, "weights": [term.weight for term in self._terms[n]]}
+        terms = [[term.column, term.site, term.weight] for term in self._terms[n]]
+        return {"name": member.name, "seed": member.seed, "terms": terms}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to where the checkpoint stood, if there is one, with those of its adapters that are members."""
