@@ -49,7 +49,8 @@ def check_lora(model: nn.Module, lora: LoraSettings) -> None:
     outside = [layer for layer in lora.layers or () if not 0 <= layer < len(layers)]
     if outside:
         raise ValueError(f"lora.layers: got {outside}, expected 0 to {len(layers) - 1}")
-    linear = {name.rpartition(".")[2] for name, module in layers.named_modules() if hasattr(module, "weight")}
+    weights = ((name, getattr(module, "weight", None)) for name, module in layers.named_modules())
+    linear = {name.rpartition(".")[2] for name, weight in weights if weight is not None and weight.dim() == 2}
     unknown = [name for name in lora.target_modules if name not in linear]
     if unknown:
         raise ValueError(f"lora.target_modules: the model's layers have no {unknown}; they have {sorted(linear)}")

@@ -306,6 +306,7 @@ BROKEN = {
     "layer": (["block.layer=3"], None, "block.layer: got 3, expected 0 to 2"),
     "no layer": (["block.layer=null"], None, "block.layer: missing"),
     "lora modules": (["lora.target_modules=[gate]"], None, "lora.target_modules: .*no .'gate'"),
+    "lora norms": (["lora.target_modules=[input_layernorm]"], None, "lora.target_modules: .*no .'input_layernorm'"),
     "empty data": ([], lambda f: (f / "data" / "train.jsonl").write_text("\n"), "data.train: .*empty"),
     "empty prompts": ([], lambda f: (f / "data" / "final.jsonl").write_text(""), "data.final: .*empty"),
     "prompts without a question": (

@@ -225,6 +225,7 @@ def test_lora_layers_say_where_it_writes(tmp_path, tokenizer, rows):
     ("options", "error", "message"),
     [
         ({"lora": LoraSettings(target_modules=("q_proj", "c_attn"))}, ValueError, r"layers have no \['c_attn'\]"),
+        ({"lora": LoraSettings(target_modules=("input_layernorm",))}, ValueError, "have no .*layernorm"),
         ({"lora": LoraSettings(layers=(0, 7))}, ValueError, r"lora.layers: got \[7\], expected 0 to 2"),
         ({"lora": LoraSettings(layers=(2,))}, ValueError, "the lowest is 2, above the penalised layer 1"),
         ({"penalty": tiny.penalty(layer=5)}, ValueError, "layer: got 5, expected 0 to 2"),
