@@ -19,7 +19,7 @@ from lockin_fast.lora import adapter
 from lockin_fast.rundir import RunError
 from lockin_fast.sweep import plan, run_sweep
 from lockin_fast.sweep.directions import directions
-from lockin_fast.sweep.methods import set_up, stackable
+from lockin_fast.sweep.methods import check_setups, set_up, stackable
 from lockin_fast.sweep.plan import Trial
 
 METHODS = {
@@ -152,6 +152,15 @@ def test_adapters_that_are_all_frozen_are_refused(inputs):
     above = dataclasses.replace(inputs, config=dataclasses.replace(inputs.config, lora=lora))
     with pytest.raises(ConfigError, match=r"lora.layers: all of \[2\] are above the blocked layer 1; nothing would"):
         set_up(Trial(None, 0.0, 0, "frozen_above"), above)
+
+
+@pytest.mark.parametrize("method", ["steering", "ablation"])
+def test_a_latent_that_decodes_to_nothing_is_told_before_training(inputs, method):
+    decoder = inputs.sae.decoder.clone()
+    decoder[list(inputs.sae.latents).index(5)] = 0.0
+    dead = dataclasses.replace(inputs, sae=dataclasses.replace(inputs.sae, decoder=decoder))
+    with pytest.raises(ConfigError, match=f"^baselines.{method}: direction.*: (a direction is zero|.* not finite)"):
+        check_setups([Trial(None, 1.0, 0, method, "causal")], dead)
 
 
 def test_shift_and_components_are_those_of_the_tokens_differences(inputs):

@@ -37,15 +37,7 @@ def set_up(trial: Trial, inputs: Inputs) -> Setup:
     if trial.method == "block":
         return Setup(lora, penalties)
     found = directions(inputs, trial.directions)
-    if trial.method == "ablation":
-        return Setup(lora, interventions=tuple(ConceptAblation(layer, rows) for layer, rows in found.items()))
-    return Setup(
-        lora,
-        interventions=tuple(
-            PreventativeSteering(layer, _one_direction(trial.directions, rows, inputs), trial.weight)
-            for layer, rows in found.items()
-        ),
-    )
+    return Setup(lora, interventions=tuple(_intervention(trial, inputs, *of_layer) for of_layer in found.items()))
 
 
 def stackable(trial: Trial, config: Config) -> bool:
@@ -75,9 +67,8 @@ def check_setups(trials: list[Trial], inputs: Inputs) -> None:
                 check_reach(_frozen_above(inputs, [penalty.layer for penalty in blocked]), blocked)
         elif trial.directions:
             with naming(f"baselines.{trial.method}"):
-                for rows in directions(inputs, trial.directions, compute=False).values():
-                    if trial.method == "steering":
-                        _one_direction(trial.directions, rows, inputs)
+                for layer, rows in directions(inputs, trial.directions, compute=False).items():
+                    _intervention(trial, inputs, layer, rows)
         elif trial.latents:
             with naming("lora.layers"):
                 check_reach(inputs.config.lora, penalties[trial.latents])
@@ -93,6 +84,12 @@ def _frozen_above(inputs: Inputs, blocked: list[int]) -> LoraSettings:
     if not kept:
         raise ConfigError(f"lora.layers: all of {list(layers)} are above the blocked layer {top}; nothing would train")
     return dataclasses.replace(lora, layers=kept)
+
+
+def _intervention(trial: Trial, inputs: Inputs, layer: int, rows: Tensor) -> Intervention:
+    if trial.method == "ablation":
+        return ConceptAblation(layer, rows)
+    return PreventativeSteering(layer, _one_direction(trial.directions, rows, inputs), trial.weight)
 
 
 def _one_direction(source: str, rows: Tensor, inputs: Inputs) -> Tensor:
