@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -80,7 +81,7 @@ def discover(config: ConfigFile, set_: Overrides = None) -> None:
     with terminal.shown_progress() as progress:
         files = run(_load(config, set_), progress)
     terminal.show_values(files)
-    terminal.line(f"next: lockin-fast sweep {config}")
+    terminal.line(f"next: {_sweep(config, set_)}")
 
 
 @app.command(epilog="Example: lockin-fast cache config.yaml --set cache.path=caches/base")
@@ -95,7 +96,7 @@ def cache(config: ConfigFile, set_: Overrides = None) -> None:
     with terminal.shown_progress() as progress:
         summary = run_cache(_load(config, set_), progress)
     terminal.show_cache(summary)
-    terminal.line(f"next: lockin-fast sweep {config} --set block.reference=cache")
+    terminal.line(f"next: {_sweep(config, [*(set_ or ()), 'block.reference=cache'])}")
 
 
 @app.command(epilog="Example: lockin-fast plan --model llama-3.1-8b --gpu rtx4090 --set train.micro_batch_size=4")
@@ -245,6 +246,12 @@ def _load(path: Path | None, overrides: list[str] | None):
     for note in config.notes:
         terminal.line(f"note: {note}")
     return config
+
+
+def _sweep(config: Path, overrides: list[str] | None) -> str:
+    """The command that sweeps with the settings of this one."""
+    given = [word for override in overrides or () for word in ("--set", override)]
+    return shlex.join(["lockin-fast", "sweep", str(config), *given])
 
 
 def _note_slow_kernels() -> None:

@@ -134,7 +134,8 @@ def naming(key: str, *others: type[Exception]) -> Iterator[None]:
         raise
     except (ValueError, OSError, *others) as error:
         line = " ".join(str(error).split())
-        raise ConfigError(line if line.startswith(f"{key}:") else f"{key}: {line}") from error
+        line = line.removeprefix(f"{key}: ").removeprefix(f"{key.partition('.')[0]}: ")  # a reader's own argument
+        raise ConfigError(f"{key}: {line}") from error
 
 
 def _read(path: Path) -> dict:
@@ -145,7 +146,7 @@ def _read(path: Path) -> dict:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
+        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if values is not None and not isinstance(values, dict):

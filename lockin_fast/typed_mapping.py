@@ -121,7 +121,7 @@ def _nearest(dotted: str, section: str, siblings: list[str], root: type) -> str:
     close = [f"{section}.{near}" if section else near for near in difflib.get_close_matches(name, siblings, 1)]
     if not close:  # the right name, or nearly, in the wrong section
         every = {key.rpartition(".")[2]: key for key in reversed(list(_keys(root)))}
-        close = [every[near] for near in difflib.get_close_matches(name, every, 1)]
+        close = [every[near] for near in difflib.get_close_matches(name, every, 1, cutoff=0.8)]
     return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(siblings)}"
 
 

@@ -88,6 +88,7 @@ def test_overrides_win_and_are_yaml(write):
         ({"learning_rate": 1}, "learning_rate: unknown key; did you mean train.learning_rate?"),
         ({"block": {"steps": 1}}, "block.steps: unknown key; did you mean train.steps?"),
         ({"train": {"zzzz": 1}}, "train.zzzz: unknown key; known here: steps"),
+        ({"lora": {"rank": 16}}, "lora.rank: unknown key; known here: r, alpha"),
         ({"notes": ["x"]}, "notes: unknown key"),
         ({"train": {"steps": "many"}}, "train.steps: expected a whole number, got 'many' (str)"),
         ({"train": {"steps": 2.5}}, "train.steps: expected a whole number, got 2.5 (float)"),

@@ -12,9 +12,9 @@ from lockin_fast.rundir import MANIFEST, write_json
 FORMAT = 1
 REMEDY = "use what the cache was written for, or write another in a new folder: lockin-fast cache CONFIG"
 _HINTS = {
-    "text": "the text, its tokenizer, chat template or max_length",
-    "sae": "the SAE",
-    "model": "the model",
+    "text": "text, tokenizer, chat template or max_length",
+    "sae": "SAE",
+    "model": "model",
 }
 
 
@@ -56,9 +56,9 @@ def check_same(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any
     """Raise CacheError that names the first field of `wanted` in which `stored` differs."""
     if found := _difference(stored, json.loads(json.dumps(wanted)), ""):
         field, before, now = found
-        part = _HINTS.get(field.partition(".")[0], "")
+        what = _HINTS.get(field.partition(".")[0], "")
         raise CacheError(
-            f"cache: {folder} was written for another {field}{f' ({part} differs)' if part else ''}: there it is "
+            f"cache: {folder} was written for another {f'{what} ({field})' if what else field}: there it is "
             f"{_short(before)}, here {_short(now)}; {remedy}"
         )
 
