@@ -134,7 +134,8 @@ def naming(key: str, *others: type[Exception]) -> Iterator[None]:
         raise
     except (ValueError, OSError, *others) as error:
         line = " ".join(str(error).split())
-        line = line.removeprefix(f"{key}: ").removeprefix(f"{key.partition('.')[0]}: ")  # a reader's own argument
+        for name in (key, key.partition(".")[0], key.rpartition(".")[2]):  # what the reader calls its argument
+            line = line.removeprefix(f"{name}: ")
         raise ConfigError(f"{key}: {line}") from error
 
 
