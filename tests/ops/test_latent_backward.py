@@ -58,7 +58,7 @@ def test_nonfinite_upstream_and_coefficients_propagate(dtype):
 def test_strides(dtype):
     coefficient, scale, weight, grad = inputs(24, 48, 13, dtype)
     expected = latent_backward(coefficient, torch.full((24,), 2.0), weight, grad)
-    expanded = torch.tensor(2.0).expand(24)
+    expanded = torch.tensor([2.0] + [torch.nan] * 23)[:1].expand(24)
     wide = torch.full((24, 100), 5.0, dtype=dtype)
     wide[:, 20:68] = grad
     assert torch.equal(latent_backward(coefficient, expanded, weight, wide[:, 20:68]), expected)

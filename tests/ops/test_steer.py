@@ -119,10 +119,10 @@ def test_sums_round_to_the_nearest_and_ties_to_even(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides(dtype):
-    h, directions, index, coefficient = inputs(3, 4, 48, dtype)
+    h, directions, index, coefficient = inputs(3, 11, 48, dtype)
     expected = steer_(h.clone(), directions, index, coefficient)
-    memory = torch.zeros(3, 7, 60, dtype=dtype)
-    view = memory[:, 2:6, 5:53]
+    memory = torch.zeros(3, 14, 60, dtype=dtype)
+    view = memory[:, 2:13, 5:53]
     view.copy_(h)
     steer_(view, directions, index, coefficient)
     assert torch.equal(view, expected) and memory.count_nonzero() == expected.count_nonzero()
