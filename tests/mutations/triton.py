@@ -76,7 +76,6 @@ MUTATIONS = [
         "latent_backward",
         ("tl.where(c == 0.0, 0.0, c * upstream)", "c * upstream"),
         ("grad + tokens[:, None] * grad_stride", "grad + tokens[:, None] * D"),
-        ("scale + tokens * scale_stride", "scale + tokens"),
         ("(k < K)[:, None] & (d < D)[None, :]", "(k < K - 1)[:, None] & (d < D)[None, :]"),
         ("acc += before.to(tl.float32)", "acc -= before.to(tl.float32)"),
         ("out + tokens[:, None] * out_stride", "out + tokens[:, None] * D"),
