@@ -72,3 +72,32 @@ def poisoned_memory():
     yield
     set_option(M_PERTURB, 0)
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For what is too small for more to help."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def vowel_judge():
+    """The judge of the tiny world, `judge.kind: vowels`."""
+    import sweep_world
+
+    from lockin_fast.judges import KINDS
+
+    sweep_world.install_judge()
+    yield
+    del KINDS["vowels"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """config.yaml of the tiny world that tests/sweep_world.py builds."""
+    import sweep_world
+
+    return sweep_world.build_world(tmp_path_factory.mktemp("world"))

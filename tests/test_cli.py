@@ -14,24 +14,11 @@ import sweep_world
 import torch
 
 from lockin_fast import cli, doctor
-from lockin_fast.judges import KINDS
 
 COMMANDS = ("doctor", "organism", "cache", "discover", "plan", "train", "sweep", "report", "demo")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def judge_and_threads():
-    sweep_world.install_judge()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    del KINDS["vowels"]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return sweep_world.build_world(tmp_path_factory.mktemp("world"))
+pytestmark = pytest.mark.usefixtures("vowel_judge", "one_thread")
 
 
 @pytest.fixture

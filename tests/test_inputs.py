@@ -19,20 +19,9 @@ from lockin_fast.inputs import (
     open_inputs,
     open_sae,
 )
-from lockin_fast.judges import KINDS
 from lockin_fast.sae import load_sae
 
-
-@pytest.fixture(scope="module", autouse=True)
-def judge():
-    sweep_world.install_judge()
-    yield
-    del KINDS["vowels"]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return sweep_world.build_world(tmp_path_factory.mktemp("world"))
+pytestmark = pytest.mark.usefixtures("vowel_judge")
 
 
 @pytest.fixture

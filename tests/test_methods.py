@@ -14,7 +14,6 @@ from lockin_fast.blocking import BlockPenalty, ConceptAblation, KLPenalty, Laten
 from lockin_fast.blocking.reference import Reference
 from lockin_fast.config import ConfigError, load_config
 from lockin_fast.inputs import open_inputs
-from lockin_fast.judges import KINDS
 from lockin_fast.lora import adapter
 from lockin_fast.rundir import RunError
 from lockin_fast.sweep import plan, run_sweep
@@ -52,14 +51,7 @@ METHODS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def judge_and_threads():
-    sweep_world.install_judge()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    del KINDS["vowels"]
+pytestmark = pytest.mark.usefixtures("vowel_judge", "one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import sweep_world
 import torch
 from safetensors.torch import load_file
 
@@ -26,11 +25,6 @@ ROUNDING = ROWS * 32 * torch.finfo(torch.float32).eps
 SETTINGS = ["block.weight=5", "block.latents=latents/causal.json", f"train.steps={STEPS}"]
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return sweep_world.build_world(tmp_path_factory.mktemp("world"))
-
-
 @pytest.fixture
 def process(monkeypatch):
     """process(rank, count): this process is one of several, by the environment that torchrun makes."""
@@ -42,14 +36,6 @@ def process(monkeypatch):
 
     yield be
     terminal.out.quiet = False
-
-
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def launch(config, output, *settings):

@@ -17,11 +17,6 @@ pytest.importorskip("bitsandbytes")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return sweep_world.build_world(tmp_path_factory.mktemp("world"))
-
-
 @pytest.mark.parametrize(("kind", "stored"), [("nf4", torch.uint8), ("int8", torch.int8)])
 def test_a_quantised_base_trains_and_comes_back(world, tmp_path, kind, stored):
     config = load_config(world, [f"quantization={kind}"])

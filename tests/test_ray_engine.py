@@ -15,14 +15,16 @@ from pathlib import Path
 
 import pytest
 import sweep_world
-import torch
 import yaml
 
 from lockin_fast.config import ConfigError, load_config
 from lockin_fast.rundir import RunError
 from lockin_fast.sweep import run_sweep
 
-pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
+pytestmark = [
+    pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 TESTS = Path(__file__).parent
 BYTES = ("adapter_model.safetensors", "metrics.jsonl", "replies.jsonl")  # result.json holds timings
@@ -87,19 +89,6 @@ def cluster():
             os.killpg(head.pid, signal.SIGKILL)  # every process of the head; its workers end when it is gone
             head.wait()
     shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return sweep_world.build_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

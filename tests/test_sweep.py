@@ -22,7 +22,6 @@ from lockin_fast.config import ConfigError, load_config
 from lockin_fast.dispatch import OpBackend, backends
 from lockin_fast.exam import open_exam
 from lockin_fast.inputs import open_inputs
-from lockin_fast.judges import KINDS
 from lockin_fast.lora import adapter
 from lockin_fast.provenance import slow_kernels
 from lockin_fast.report import write_report
@@ -38,19 +37,7 @@ TIMINGS = ("seconds_per_step", "peak_bytes")
 KILLS = 5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def judge_and_threads():
-    sweep_world.install_judge()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the world is too small for more to help
-    yield
-    torch.set_num_threads(threads)
-    del KINDS["vowels"]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return sweep_world.build_world(tmp_path_factory.mktemp("world"))
+pytestmark = pytest.mark.usefixtures("vowel_judge", "one_thread")
 
 
 @pytest.fixture(scope="module")

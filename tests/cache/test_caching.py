@@ -4,13 +4,11 @@ import dataclasses
 import json
 
 import pytest
-import sweep_world
 
 from lockin_fast import cli
 from lockin_fast.cache import CacheError, open_cache
 from lockin_fast.caching import run_cache
 from lockin_fast.config import ConfigError, load_config
-from lockin_fast.judges import KINDS
 from lockin_fast.rundir import RunError
 from lockin_fast.sweep import run_sweep
 from lockin_fast.sweep.single import run_training
@@ -19,16 +17,7 @@ CACHED = ("block.reference=cache", "cache.path=latents-cache")
 BLOCKED = ("block.latents=latents/causal.json", "block.weight=100")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def judge():
-    sweep_world.install_judge()
-    yield
-    del KINDS["vowels"]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return sweep_world.build_world(tmp_path_factory.mktemp("world"))
+pytestmark = pytest.mark.usefixtures("vowel_judge")
 
 
 @pytest.fixture(scope="module")

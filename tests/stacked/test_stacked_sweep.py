@@ -10,13 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-import sweep_world
 import torch
 from safetensors.torch import load_file
 
 from lockin_fast.config import ConfigError, load_config
 from lockin_fast.inputs import open_inputs
-from lockin_fast.judges import KINDS
 from lockin_fast.rundir import RunError
 from lockin_fast.sweep import engines, plan, run_sweep, stack
 from lockin_fast.sweep.engines import TrialsFailed
@@ -25,16 +23,7 @@ FILES = ("replies.jsonl", "metrics.jsonl", "adapter_model.safetensors", "adapter
 KILLS = 6
 
 
-@pytest.fixture(scope="module", autouse=True)
-def judge():
-    sweep_world.install_judge()
-    yield
-    del KINDS["vowels"]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return sweep_world.build_world(tmp_path_factory.mktemp("world"))
+pytestmark = pytest.mark.usefixtures("vowel_judge")
 
 
 def sweep(world, output, *overrides, progress=None):
