@@ -1,0 +1,1 @@
+"""Activation patching: where in a model a behaviour lives."""

@@ -1,0 +1,113 @@
+"""The states that a sweep patches with and starts from: one side's clean run over a batch, as it is or in four bits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from lockin_fast.ops.nf4 import BLOCKSIZES
+from lockin_fast.ops.nf4_tensor import NF4Tensor, outlier_channels, quantize_nf4
+from lockin_fast.patching.components import Component
+from lockin_fast.patching.forward import KeysValues, Outcome, Runner
+from lockin_fast.patching.tokens import Tokens
+
+OUTLIERS = 8  # channels of an NF4 source that are kept as they are
+Part = Literal["prompt", "reply"]
+
+
+@dataclass(frozen=True)
+class Clean:
+    """A clean run of one side: prompts [B, P], and the two replies to each as 2 B rows [2 B, R] that follow them.
+
+    Row b of the prompts goes on in the rows b and B + b of the replies, which are None where none was given.
+    """
+
+    prompts: Tokens
+    replies: Tokens | None
+    prompt: Outcome  # logits [B, V] of the prompts' last tokens
+    reply: Outcome | None
+
+
+def run_clean(runner: Runner, prompts: Tokens, replies: Tokens | None, components: Sequence[Component]) -> Clean:
+    """Run the model as it now stands over a batch, the prompts once for all of their replies; keep `components`."""
+    watch = {"residual", "keys_values", *components}
+    prompt = runner.run(prompts, watch=watch, logits_at=last_column(prompts))
+    if replies is None:
+        return Clean(prompts, None, prompt, None)
+    past = taken(prompt.keys_values, torch.arange(len(prompts.input_ids), device=runner.device).repeat(2))
+    return Clean(prompts, replies, prompt, runner.run(replies, past=past, watch=watch - {"keys_values"}))
+
+
+class Source(Protocol):
+    """Where the states that are patched in come from."""
+
+    def take(self, part: Part, component: Component, layer: int, at: Tensor, heads: Tensor | None) -> Any:
+        """The component's output [P, d] of `layer` at (row, column) of `at` [P, 2], dense or an NF4Tensor.
+
+        With `heads` [P], of one head each: [P, head_dim].
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """States as the source's clean run left them."""
+
+    clean: Clean
+
+    def take(self, part: Part, component: Component, layer: int, at: Tensor, heads: Tensor | None) -> Tensor:
+        states = getattr(self.clean, part).watched[component][layer]
+        return states[at[:, 0], at[:, 1]] if heads is None else states[at[:, 0], at[:, 1], heads]
+
+
+class FourBit:
+    """States in NF4, their largest channels as they are: about a quarter of the memory of 16 bits.
+
+    Raises ValueError for a width that no blocksize divides.
+    """
+
+    def __init__(self, clean: Clean):
+        self._held: dict[tuple[str, str, int], tuple[NF4Tensor, torch.Size]] = {}
+        for part, outcome in (("prompt", clean.prompt), ("reply", clean.reply)):
+            for component, layers in outcome.watched.items() if outcome else ():
+                for layer, states in layers.items():
+                    self._held[part, component, layer] = four_bits(states.flatten(2)), states.shape[2:]
+
+    def take(self, part: Part, component: Component, layer: int, at: Tensor, heads: Tensor | None) -> Any:
+        held, shape = self._held[part, component, layer]
+        rows = held.rows(at[:, 0] * held.shape[1] + at[:, 1])
+        if heads is None:
+            return rows
+        return rows.dequantize().view(-1, *shape)[torch.arange(len(at), device=at.device), heads]
+
+
+def four_bits(states: Tensor) -> NF4Tensor:
+    """States [..., d] in NF4, OUTLIERS channels as they are. Raises ValueError where no blocksize divides d."""
+    width = states.shape[-1]
+    blocksize = next((size for size in (64, *BLOCKSIZES) if width % size == 0), None)
+    if blocksize is None:
+        raise ValueError(f"source: states are {width} wide, a multiple of none of NF4's blocks; take source: live")
+    channels = outlier_channels(states, min(OUTLIERS, width // 8))
+    return quantize_nf4(states.contiguous(), blocksize=blocksize, outliers=channels)
+
+
+def taken(keys_values: KeysValues, rows: Tensor, columns: int | None = None) -> dict[int, tuple[Tensor, Tensor]]:
+    """Keys and values of these rows, of all columns or of so many first ones."""
+    return {
+        layer: (keys[rows, :, :columns], values[rows, :, :columns]) for layer, (keys, values) in keys_values.items()
+    }
+
+
+def last_column(tokens: Tokens) -> Tensor:
+    """(row, column) of every row's last column, for prompts that are padded on the left."""
+    count, length = tokens.input_ids.shape
+    rows = torch.arange(count, device=tokens.input_ids.device)
+    return torch.stack([rows, torch.full_like(rows, length - 1)], 1)
+
+
+def logprobs(clean_logits: Tensor, targets: Tensor) -> Tensor:
+    """log p of the target tokens [N] under logits [N, V], in fp32."""
+    return -torch.nn.functional.cross_entropy(clean_logits.float(), targets, reduction="none")
+
