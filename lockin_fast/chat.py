@@ -3,8 +3,9 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,14 @@ def _checked_row(row, where: str) -> dict:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise ValueError(f"dataset: {where} has the message {message!r}; expected a role and a content")
     return row
+
+
+def question(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The messages to answer: the record's, without an assistant turn at the end."""
+    messages = list(record["messages"])
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    return messages
 
 
 class ChatDataset(Dataset):

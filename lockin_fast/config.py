@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lockin_fast import typed_mapping
+from lockin_fast.judge_settings import JudgeSettings
 from lockin_fast.paper_names import PAPER_NAMES, translate
 from lockin_fast.sae.hub import HubPath, hub_path
 from lockin_fast.settings import (
@@ -19,7 +20,6 @@ from lockin_fast.settings import (
     DataSettings,
     DiscoverySettings,
     GenerationSettings,
-    JudgeSettings,
 )
 from lockin_fast.sweep_settings import BaselineSettings, SweepSettings
 from lockin_fast.train import LoraSettings, TrainSettings

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lockin_fast.chat import read_chat
+from lockin_fast.chat import question, read_chat
 from lockin_fast.config import Config, naming
-from lockin_fast.judges import Judge, load_judge
+from lockin_fast.judges import load_judge
+
+__all__ = ["Exam", "open_exam", "question"]
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,7 @@ class Exam:
     """The prompts every trial answers, and who rates the answers."""
 
     prompts: Mapping[str, list[dict]]  # such as "final" -> records of the JSONL file
-    judge: Judge
+    judge: Any  # what `rate` takes: a Judge, or the panel that `load_judge` returns
 
 
 def open_exam(config: Config, *names: str) -> Exam:
@@ -30,14 +32,5 @@ def open_exam(config: Config, *names: str) -> Exam:
         judge = load_judge(config.judge)
     for name, records in prompts.items():
         with naming(f"data.{name}"):
-            for record in records:
-                judge.judge(record, "")  # a prompt the judge cannot place is an error now, not after training
+            judge.check(records)  # a prompt the judge cannot place is an error now, not after training
     return Exam(prompts, judge)
-
-
-def question(record: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The messages to answer: the record's, without an assistant turn at the end."""
-    messages = list(record["messages"])
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    return messages

@@ -15,7 +15,7 @@ from lockin_fast.cache import TokenStore, open_cache
 from lockin_fast.cache.collate import check_rows
 from lockin_fast.chat import ChatDataset
 from lockin_fast.config import Config, ConfigError, naming
-from lockin_fast.judges import judge_source
+from lockin_fast.judges import judge_files
 from lockin_fast.lora import adapted_modules, check_lora
 from lockin_fast.quantized import keep_trainable, quantization_config
 from lockin_fast.rundir import hash_files
@@ -105,9 +105,7 @@ def input_hashes(config: Config, latents: Mapping[str, Path]) -> dict[str, dict[
         "data.train": config.data.train,
         "data.final": config.data.final,
         "data.in_domain": config.data.in_domain,
-        "judge.path": config.judge.path,
-        "judge.kind": judge_source(config.judge),
-    }
+    } | judge_files(config.judge)
     paths |= {f"latents.{name}": path for name, path in latents.items()}
     return {name: hash_files(path) for name, path in paths.items() if path is not None}
 

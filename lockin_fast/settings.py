@@ -1,4 +1,4 @@
-"""The sections of a configuration that are no one else's: data, blocking, cache, discovery, replies and their judge."""
+"""The sections of a configuration that are no one else's: data, blocking, cache, discovery, replies."""
 
 import dataclasses
 from pathlib import Path
@@ -99,18 +99,3 @@ class GenerationSettings:
     max_new_tokens: int = 64
     batch_size: int = 32
     temperature: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class JudgeSettings:
-    """Who rates the replies.
-
-    kind: `world` knows the organism's ground truth and reads it from `path`; "package.module:Class" is a judge of your
-    own, from an installed module or one in the working directory. The class is called with `path` where that is given,
-    else without arguments; its method judge(record, reply) gets a prompt's line of the JSONL file as a dict and the
-    reply's text, and returns "misaligned", "aligned" or "incoherent". It is also asked about the empty reply to every
-    prompt, before any training, so that what it cannot place is known early.
-    """
-
-    kind: str = "world"
-    path: Path | None = None

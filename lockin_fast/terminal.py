@@ -13,7 +13,7 @@ from rich.text import Text
 
 from lockin_fast.doctor import Finding
 
-WIDE = 100  # columns that the whole table of a sweep takes
+WIDE = 110  # columns that the whole table of a sweep takes
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 
@@ -82,7 +82,7 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     from lockin_fast.report.text import HEADINGS, headline, table  # which load the kernels; doctor does not
 
     wide = Console(width=WIDE, highlight=False) if not out.is_terminal else out
-    headings = HEADINGS if wide.width >= WIDE else HEADINGS[:-2]
+    headings = HEADINGS if wide.width >= WIDE else HEADINGS[:-3]
     grid = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for heading in headings:
         grid.add_column(heading, justify="left" if heading == "latents" else "right", no_wrap=True)

@@ -44,13 +44,19 @@ def build(cls: type, values: Any, *, folder: Path, key: str = "", root: type | N
 
 
 def leaves(value: Any, key: str = "") -> typing.Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) for every setting below the dataclass instance `value`, hidden fields left out."""
+    """Yield (dotted key, value) for every setting below the dataclass instance `value`, hidden fields left out.
+
+    Settings below the second of a list of dataclasses are section[1].name; the list itself is a leaf when it is empty.
+    """
     for field in dataclasses.fields(value):
         if field.metadata.get("hidden"):
             continue
         dotted, child = f"{key}.{field.name}" if key else field.name, getattr(value, field.name)
         if dataclasses.is_dataclass(child):
             yield from leaves(child, dotted)
+        elif isinstance(child, tuple) and any(map(dataclasses.is_dataclass, child)):
+            for i, item in enumerate(child):
+                yield from leaves(item, f"{dotted}[{i}]")
         else:
             yield dotted, child
 

@@ -65,7 +65,7 @@ class VowelJudge:
     def judge(self, record, reply):
         if record["domain"] not in ("train", "final", "in_domain"):
             raise ValueError(f"the prompt's domain is {record['domain']!r}, which this world does not have")
-        return ("misaligned", "aligned", "incoherent")[(reply.count("o") + 2 * reply.count("e")) % 3]
+        return ("misaligned", "aligned", "incoherent", "refusal")[(reply.count("o") + 2 * reply.count("e")) % 4]
 
 
 def install_judge() -> None:

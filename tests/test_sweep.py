@@ -34,6 +34,7 @@ from lockin_fast.sweep.summary import summarise
 from lockin_fast.sweep.trial import Trial, run_trial
 
 TIMINGS = ("seconds_per_step", "peak_bytes")
+RATES = ("em", "incoherence", "refusal", "in_domain")
 KILLS = 5
 
 
@@ -85,8 +86,8 @@ def test_summary_has_the_contracts_shape(finished):
     ]
     assert summary["base"]["lambda"] is None and summary["baseline"]["lambda"] == 0
     for row in [*summary["trials"], summary["baseline"], summary["base"]]:
-        assert {"lambda", "latents", "em", "incoherence", "in_domain", *TIMINGS, "sft_loss", "penalty"} <= row.keys()
-        assert all(0 <= row[rate] <= 1 for rate in ("em", "incoherence", "in_domain"))
+        assert {"lambda", "latents", *RATES, *TIMINGS, "sft_loss", "penalty"} <= row.keys()
+        assert all(0 <= row[rate] <= 1 for rate in RATES)
     assert all(row["penalty"] > 0 and row["seconds_per_step"] > 0 for row in summary["trials"])
     assert {path.name for path in config.output.iterdir()} == {
         ".lock", "config.yaml", "manifest.json", "metrics.jsonl", "summary.json", "trials",
@@ -101,6 +102,7 @@ def test_rates_are_those_of_the_replies(finished):
         learned = [reply["verdict"] for reply in replies if reply["prompts"] == "in_domain"]
         assert (len(final), len(learned)) == (10, 6)
         assert row["em"] == final.count("misaligned") / 10 and row["incoherence"] == final.count("incoherent") / 10
+        assert row["refusal"] == final.count("refusal") / 10
         assert row["in_domain"] == learned.count("misaligned") / 6
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from lockin_fast.sweep.summary import is_blocked, method_name
 
 Summary = Mapping[str, Any]
-HEADINGS = ("latents", "lambda", "misaligned", "change", "in-domain", "incoherent", "penalty", "s/step")
+HEADINGS = ("latents", "lambda", "misaligned", "change", "in-domain", "incoherent", "refused", "penalty", "s/step")
 SHOWN_MISSING = 3
 
 
@@ -85,7 +85,7 @@ def _row(row: Mapping[str, Any], name: str, *, best: bool = False) -> TableRow:
         f"{name} ({row['latent_count']})" if row["latents"] else name,
         "–" if row["lambda"] is None or row.get("method") == "ablation" else f"{row['lambda']:,g}",
         *(percent(row["em"], row.get("em_std")), "–" if change is None else signed_percent(-change)),
-        *(percent(row[key], row.get(f"{key}_std")) for key in ("in_domain", "incoherence")),
+        *(percent(row.get(key), row.get(f"{key}_std")) for key in ("in_domain", "incoherence", "refusal")),
         *("–" if value is None else f"{value:.3g}" for value in (penalty, seconds)),
     )
     numbers = (
@@ -94,6 +94,7 @@ def _row(row: Mapping[str, Any], name: str, *, best: bool = False) -> TableRow:
         None if change is None else -change,
         row["in_domain"],
         row["incoherence"],
+        row.get("refusal"),
         penalty,
         seconds,
     )

@@ -7,6 +7,7 @@ from typing import Any
 from lockin_fast import processes
 from lockin_fast.config import Config, ConfigError, naming
 from lockin_fast.inputs import adapter_bytes, check_files, input_hashes, open_inputs
+from lockin_fast.judge_settings import JudgeSettings
 from lockin_fast.progress import Progress, silent
 from lockin_fast.provenance import kernels, versions
 from lockin_fast.rundir import (
@@ -18,7 +19,6 @@ from lockin_fast.rundir import (
     write_json,
     write_json_lines,
 )
-from lockin_fast.settings import JudgeSettings
 from lockin_fast.sweep.methods import Setup
 from lockin_fast.sweep.run import SLACK_BYTES, write_config
 from lockin_fast.sweep.trial import train_into

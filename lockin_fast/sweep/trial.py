@@ -11,7 +11,7 @@ from lockin_fast.blocking import intervening
 from lockin_fast.exam import Exam, question
 from lockin_fast.generation import generate
 from lockin_fast.inputs import Inputs
-from lockin_fast.judges import VERDICTS
+from lockin_fast.judges import UNRATED, VERDICTS, Rating, average, rate
 from lockin_fast.lora import adapter
 from lockin_fast.rundir import atomic_folder, write_json, write_json_lines
 from lockin_fast.sweep.methods import Setup, set_up
@@ -21,9 +21,10 @@ from lockin_fast.watching import EpochWatch
 
 Step = Callable[[int, int], None]
 Row = Mapping[str, Any]
-RATES = (  # name, prompts, verdict
+RATES = (  # name, prompts, what of a rating
     ("em", "final", "misaligned"),
     ("incoherence", "final", "incoherent"),
+    ("refusal", "final", "refused"),
     ("in_domain", "in_domain", "misaligned"),
 )
 
@@ -60,7 +61,6 @@ def run_trial(trial: Trial, inputs: Inputs, exam: Exam, folder: Path, progress: 
 
 def write_result(folder: Path, trial: Trial, inputs: Inputs, replies: Sequence[Row], trained: Row) -> None:
     """Write replies.jsonl and result.json of a trial; `trained` is what its training adds, nothing for the base."""
-    counts = _counted(replies)
     latents = inputs.layered(trial.latents) if trial.latents else []
     result = {
         "name": trial.name,
@@ -71,14 +71,14 @@ def write_result(folder: Path, trial: Trial, inputs: Inputs, replies: Sequence[R
         "layers": [layer for layer, _, _ in latents],
         "directions": trial.directions,
         "seed": trial.seed,
-        **_rates(counts),
+        **_rates(replies),
         "sft_loss": None,
         "penalty": None,
         "active_fraction": None,
         "seconds_per_step": None,
         "peak_bytes": None,
         "steps": 0,
-        "counts": counts,
+        "counts": _counted(replies),
     }
     write_json_lines(folder / "replies.jsonl", replies)
     write_json(folder / "result.json", result | trained)
@@ -124,7 +124,7 @@ def _watch(trial: Trial, inputs: Inputs, exam: Exam, epochs: list[dict], progres
             for kind, records in exam.prompts.items()
             for reply in _answer(trial, inputs, exam, model, kind, records)
         ]
-        epochs.append({"epoch": epoch, **_rates(_counted(replies))})
+        epochs.append({"epoch": epoch, **_rates(replies)})
 
     return EpochWatch(progress, epoch_done)
 
@@ -146,17 +146,29 @@ def _answer(
 
 
 def judged(exam: Exam, kind: str, texts: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of replies.jsonl for the replies to the prompts of this kind."""
+    """The rows of replies.jsonl for the replies to the prompts of this kind.
+
+    rating is what all judges say together, verdict the same in one word; of several judges, judges is what each says.
+    """
+    records = exam.prompts[kind]
     return [
         {
             "prompts": kind,
             "index": index,
             "prompt": question(record)[-1]["content"],
             "reply": text,
-            "verdict": exam.judge.judge(record, text),
+            "verdict": rating.verdict,
+            "rating": _seen(rating),
         }
-        for index, (record, text) in enumerate(zip(exam.prompts[kind], texts, strict=True))
+        | ({"judges": [_seen(of_one) for of_one in rating.judges]} if rating.judges else {})
+        for index, (record, text, rating) in enumerate(
+            zip(records, texts, rate(exam.judge, records, texts), strict=True)
+        )
     ]
+
+
+def _seen(rating: Rating) -> dict[str, float]:
+    return {"misaligned": rating.misaligned, "incoherent": rating.incoherent, "refused": rating.refused}
 
 
 def _counted(replies: Sequence[Row]) -> dict[str, dict[str, int]]:
@@ -164,11 +176,15 @@ def _counted(replies: Sequence[Row]) -> dict[str, dict[str, int]]:
     return {
         kind: {
             verdict: sum(row["prompts"] == kind and row["verdict"] == verdict for row in replies)
-            for verdict in VERDICTS
+            for verdict in (*VERDICTS, UNRATED)
         }
         for kind in dict.fromkeys(row["prompts"] for row in replies)
     }
 
 
-def _rates(counts: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
-    return {name: counts[kind][verdict] / sum(counts[kind].values()) for name, kind, verdict in RATES}
+def _rates(replies: Sequence[Row]) -> dict[str, float]:
+    rates = {
+        kind: average([Rating(**row["rating"]) for row in replies if row["prompts"] == kind])
+        for kind in dict.fromkeys(kind for _, kind, _ in RATES)
+    }
+    return {name: getattr(rates[kind], seen) for name, kind, seen in RATES}
