@@ -1,4 +1,4 @@
-"""The tests of this folder share tests/tiny_llama.py and tests/tiny_organism.py."""
+"""The tests of this folder share tests/tiny_llama.py, tests/tiny_organism.py and tests/ops/memory.py."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "ops")]
 
 
 @pytest.fixture(autouse=True, scope="package")
