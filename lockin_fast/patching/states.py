@@ -21,7 +21,8 @@ Part = Literal["prompt", "reply"]
 class Clean:
     """A clean run of one side: prompts [B, P], and the two replies to each as 2 B rows [2 B, R] that follow them.
 
-    Row b of the prompts goes on in the rows b and B + b of the replies, which are None where none was given.
+    Row b of the prompts goes on in the rows b and B + b of the replies, which are None where none was given. What a
+    reply's last token makes the model say next is not asked, so that column is not run.
     """
 
     prompts: Tokens
@@ -37,7 +38,9 @@ def run_clean(runner: Runner, prompts: Tokens, replies: Tokens | None, component
     if replies is None:
         return Clean(prompts, None, prompt, None)
     past = taken(prompt.keys_values, torch.arange(len(prompts.input_ids), device=runner.device).repeat(2))
-    return Clean(prompts, replies, prompt, runner.run(replies, past=past, watch=watch - {"keys_values"}))
+    read = replies.without_last()
+    reply = runner.run(read, past=past, watch=watch - {"keys_values"}) if read.input_ids.shape[1] else None
+    return Clean(prompts, replies, prompt, reply)
 
 
 class Source(Protocol):
