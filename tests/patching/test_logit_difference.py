@@ -111,7 +111,7 @@ def test_a_run_patched_with_itself_stays_the_same_bit_by_bit(model, monkeypatch)
     plain = differences(runner, sides, CONTRASTS, [], batch_size=6).clean["base"]
     sites_of = {}
     for site in sites(("repair",), COMPONENTS, range(LAYERS), ("prefix", "all"), heads=2):
-        sites_of.setdefault((site.positions, site.component, site.head), []).append(site)  # rows lie as in the clean run
+        sites_of.setdefault((site.positions, site.component, site.head), []).append(site)  # same rows as clean
     with sides.as_model("base"):
         monkeypatch.setattr(sides, "as_model", lambda side: nullcontext())  # both sides are the base
         for wanted in sites_of.values():
