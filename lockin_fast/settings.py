@@ -63,6 +63,11 @@ class DiscoverySettings:
     the median residual norm. incoherence_budget: a strength counts only if it raises the incoherent share by no more
     than this. prompts: core prompts that are answered, evenly spread; null for all. samples: replies a prompt, from
     which a misaligned and an aligned one are taken. seed: draws the samples, the fine-tunes and the random set.
+
+    calibration: whether stage 3 finds the largest strength within the incoherence budget for each latent of the
+    shortlist, at all of `calibration_strengths` (grid) or by halving their range (bisection). The `causal` set does
+    without, so none is the default; it can be asked for after the rest, and finds the set valid-reduc.
+    shortlist: the best latents of stage 2, by induced and repaired misalignment, that are calibrated.
     """
 
     misaligned: Path | None = None
@@ -75,6 +80,9 @@ class DiscoverySettings:
     prompts: int | None = 45
     samples: int = 16
     seed: int = 0
+    calibration: Literal["none", "grid", "bisection"] = "none"
+    calibration_strengths: tuple[float, ...] = tuple(i / 10 for i in range(1, 16))
+    shortlist: int = 80
 
     def __post_init__(self):
         for name, valid, expected in (
@@ -83,6 +91,14 @@ class DiscoverySettings:
             ("rounds", 1 <= self.rounds <= self.latents, f"1 to latents={self.latents}"),
             ("weight", 0 < self.weight < float("inf"), "above 0 and finite"),
             ("strengths", self.strengths and all(s > 0 for s in self.strengths), "one or more, each above 0"),
+            (
+                "calibration_strengths",
+                list(self.calibration_strengths) == sorted(set(self.calibration_strengths))
+                and self.calibration_strengths
+                and self.calibration_strengths[0] > 0,
+                "one or more, ascending, each above 0",
+            ),
+            ("shortlist", self.shortlist >= 1, "1 or more"),
             ("incoherence_budget", 0 <= self.incoherence_budget <= 1, "0 to 1"),
             ("prompts", self.prompts is None or self.prompts >= 1, "1 or more, or null for all"),
             ("samples", self.samples >= 2, "2 or more"),

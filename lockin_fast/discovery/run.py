@@ -1,28 +1,38 @@
 """Find the latents that carry emergent misalignment and write them as latent sets that the sweep can block."""
 
+import json
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 from lockin_fast.config import Config, ConfigError
+from lockin_fast.discovery.job import Job
 from lockin_fast.discovery.search import Search
 from lockin_fast.exam import open_exam
 from lockin_fast.inputs import check_files, open_inputs, open_sae, sae_path
+from lockin_fast.judges import judge_source
 from lockin_fast.lora import adapter
 from lockin_fast.progress import Progress, silent
 from lockin_fast.rundir import check_claim, check_place, claim, hash_files, write_json
 
 NEEDED_BYTES = 2**26
 SETS = ("causal", "top-delta", "random")  # in the order in which a sweep compares them
+RULES = ("ind-pp", "valid-reduc")  # of the paper; a sweep compares them where they are named
+STAGE_3 = ("discovery.calibration", "discovery.calibration_strengths", "discovery.shortlist")
+TABLE = "discovery.json"
 
 
 def discover(config: Config, progress: Progress = silent) -> dict[str, Path]:
-    """Write `config.output`/latents/{causal,top-delta,random}.json and discovery.json; return the sets' paths by name.
+    """Write latent sets to `config.output`/latents and discovery.json beside them; return the sets' paths by name.
 
-    causal is found by `Search.causal`; top-delta takes the latents with the largest mean shift, random draws from the
-    whole SAE. Each set has `discovery.latents` latents, blocked in the direction of their shift. discovery.json says
-    what was found about every latent of the pool. A finished discovery is not repeated.
-    Raises ConfigError before any work, one line that names the setting.
+    causal is found by `find_causal`; top-delta takes the latents with the largest mean shift, random draws from the
+    whole SAE, ind-pp follows the score of stage 2. With `discovery.calibration` there is valid-reduc too, where some
+    latent both induces and repairs. A set has `discovery.latents` latents at most, blocked in the direction of their
+    shift. discovery.json says what was found about every latent of the pool.
+
+    Killed, it goes on where it stood: what a stage has found, and every judged reply, is kept in
+    `config.output`/discovery. A finished discovery is not repeated; stage 3 can be asked for later, or with other
+    settings, and takes the rest as it is. Raises ConfigError before any work, one line that names the setting.
     """
     config.require("output", "block.layer")
     check_files(config, "model", "sae", "data.train", "data.core", "discovery.misaligned")
@@ -38,20 +48,25 @@ def discover(config: Config, progress: Progress = silent) -> dict[str, Path]:
         "data.train": config.data.train,
         "data.core": config.data.core,
         "discovery.misaligned": settings.misaligned,
-    } | ({"judge.path": config.judge.path} if config.judge.path else {})
-    entry = {
-        "config": config.identity("quantization", "discovery", "generation", "lora", "train")
-        | {"block.layer": config.block.layer, "block.tokens": config.block.tokens},
-        "inputs": {name: hash_files(path) for name, path in paths.items()},
+        "judge.path": config.judge.path,
+        "judge.kind": judge_source(config.judge),
     }
-    files = {name: run / "latents" / f"{name}.json" for name in SETS}
-    finished = all(path.is_file() for path in (run / "discovery.json", *files.values()))
-    if "discover" in check_claim(run, "discover", entry) and finished:
+    identity = config.identity("quantization", "discovery", "generation", "lora", "train", "judge")
+    stage_3 = {key: identity.pop(key) for key in STAGE_3}
+    entry = {
+        "config": identity | {"block.layer": config.block.layer, "block.tokens": config.block.tokens},
+        "inputs": {name: hash_files(path) for name, path in paths.items() if path is not None},
+    }
+    if "discover" in check_claim(run, "discover", entry) and (files := _finished(run, stage_3)):
         return files
     exam = open_exam(config, "core")
     sae = open_sae(config)
     if settings.pool > sae.width:
         raise ConfigError(f"discovery.pool: got {settings.pool}, but the SAE has {sae.width} latents")
+    if settings.calibration != "none" and min(settings.prompts or 2, len(exam.prompts["core"])) < 2:
+        raise ConfigError(
+            "discovery.prompts: calibration takes half of the core prompts and selection the others; got 1"
+        )
     if sae.normalization != "none":
         raise ConfigError(
             f"sae: it normalises every token ({sae.normalization}), which joint repair cannot undo; give another SAE"
@@ -60,13 +75,31 @@ def discover(config: Config, progress: Progress = silent) -> dict[str, Path]:
     _check_adapter(inputs.model, settings.misaligned)
 
     with claim(run, "discover", entry):
-        search = Search(config, inputs, sae.to(inputs.model.device), exam.prompts["core"], exam.judge, progress)
-        sets, table = search.run()
+        job = Job(config, inputs, sae.to(inputs.model.device), exam.prompts["core"], exam.judge, progress)
+        sets, found = Search(job).run()
+        files = {name: _file(run, name) for name in sets}
         for name, path in files.items():
             path.parent.mkdir(exist_ok=True)
             sets[name].save(path)
-        write_json(run / "discovery.json", table)
+        for name in RULES:
+            if name not in sets:
+                _file(run, name).unlink(missing_ok=True)  # of an earlier stage 3
+        write_json(run / TABLE, found | {"sets": list(files), "stage_3": stage_3})
     return files
+
+
+def _file(run: Path, name: str) -> Path:
+    return run / "latents" / f"{name}.json"
+
+
+def _finished(run: Path, stage_3: dict[str, Any]) -> dict[str, Path] | None:
+    """The files of a discovery that has found all that these settings ask for; None where something is missing."""
+    if not (run / TABLE).is_file():
+        return None
+    found = json.loads((run / TABLE).read_text(encoding="utf-8"))
+    files = {name: _file(run, name) for name in found["sets"]}
+    asked = stage_3["discovery.calibration"] == "none" or found["stage_3"] == stage_3
+    return files if asked and all(path.is_file() for path in files.values()) else None
 
 
 def _check_adapter(model: Any, folder: Path) -> None:

@@ -1,248 +1,156 @@
 """The search for latent sets, from the shift of every latent to a group that holds when training pushes back."""
 
 import dataclasses
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from lockin_fast.blocking import BlockPenalty, LatentSet
-from lockin_fast.config import Config, ConfigError
-from lockin_fast.discovery.joint import joint_repair
-from lockin_fast.discovery.screen import Effect, screen
-from lockin_fast.discovery.shift import mean_shift
-from lockin_fast.exam import question
-from lockin_fast.generation import generate
-from lockin_fast.inputs import Inputs
-from lockin_fast.judges import Judge
+from lockin_fast.blocking import LatentSet
+from lockin_fast.config import ConfigError
+from lockin_fast.discovery.calibration import METHODS, Calibrated
+from lockin_fast.discovery.job import Job, largest, signs
+from lockin_fast.discovery.kept import ReplyLog
+from lockin_fast.discovery.rounds import find_causal, find_contrasts
+from lockin_fast.discovery.screen import Effect, effects, gain, screening_doses
+from lockin_fast.discovery.selection import Reduction, by_induction_and_repair, by_valid_reduction, halves
+from lockin_fast.discovery.steered import PLAIN, Dose, Rates, Side, Steered, median_residual_norm, table
 from lockin_fast.lora import adapter
-from lockin_fast.progress import Progress
-from lockin_fast.rundir import PARTIAL
-from lockin_fast.sae import SparseAutoencoder
-from lockin_fast.train import fine_tune
 
-Contrast = tuple[list[dict[str, str]], str, str]  # a prompt, a misaligned reply to it, an aligned one
+STAGES = {"induce": "induce by steering", "repair": "repair by steering"}
 
 
 @dataclass(frozen=True)
 class Search:
-    """What every stage shares: the model with its tokenizer and training data, the SAE, the core prompts, the judge."""
+    """The stages in their order. What each has found is kept in the job's folder and not found again."""
 
-    config: Config
-    inputs: Inputs
-    sae: SparseAutoencoder
-    records: Sequence[Mapping[str, Any]]
-    judge: Judge
-    progress: Progress
+    job: Job
 
     def run(self) -> tuple[dict[str, LatentSet], dict[str, Any]]:
         """Return the latent sets by name, and the table of what was found."""
-        settings, model = self.config.discovery, self.inputs.model
-        told = self._base_conversations()
+        job, settings, model = self.job, self.job.config.discovery, self.job.inputs.model
+        told = job.base_conversations()
         with adapter(model, settings.misaligned) as adapted:
-            contrasts = self._contrasts(adapted)
-            if not contrasts:
+            if not find_contrasts(job, adapted, 1):
                 raise ConfigError(
                     f"discovery.misaligned: in {settings.samples} samples a core prompt, this adapter never gives both "
                     "a misaligned and an aligned reply, so there is nothing to tell apart"
                 )
-            shift = self._shift(adapted, told, "shift of every latent")
-            pool = _largest(shift, settings.pool)
-            repaired = self._screen(adapted, pool, shift, repair=True)
-        induced = self._screen(model, pool, shift, repair=False)
-        repairs = {latent for latent, effect in zip(pool, repaired, strict=True) if effect.gain > 0}
-        causal = self.causal(told, contrasts, repairs)
-        largest = {latent: shift[latent].item() for latent in pool[: settings.latents]}
-        generator = torch.Generator().manual_seed(settings.seed)
-        drawn = torch.randperm(self.sae.width, generator=generator)[: settings.latents].tolist()
+            shift = job.shift(adapted, told, 1, "shift of every latent")
+            pool = largest(shift, settings.pool)
+            repair = self._screened("repair", adapted, shift, pool)
+        induce = self._screened("induce", model, shift, pool)
+        repaired, induced = (
+            effects(rates, pool, side, settings.incoherence_budget)
+            for rates, side in ((repair, "repair"), (induce, "induce"))
+        )
+        causal = find_causal(job, told, {k for k, effect in zip(pool, repaired, strict=True) if effect.gain > 0})
+        ranked = by_induction_and_repair(pool, induced, repaired)
+        drawn = torch.randperm(job.sae.width, generator=torch.Generator().manual_seed(settings.seed))
         sets = {
-            "causal": self._set("causal", {found.latent: found.shift for found in causal}, [f.gain for f in causal]),
-            "top-delta": self._set("top-delta", largest, [abs(value) for value in largest.values()]),
-            "random": self._set("random", {latent: shift[latent].item() for latent in drawn}, None),
+            "causal": job.latent_set("causal", {f.latent: f.shift for f in causal}, [f.gain for f in causal]),
+            "top-delta": self._best("top-delta", {k: abs(shift[k].item()) for k in pool}, shift),
+            "random": self._unranked("random", drawn[: settings.latents].tolist(), shift),
+            "ind-pp": self._best("ind-pp", ranked, shift),
         }
-        return sets, _table(pool, shift.tolist(), induced, repaired, causal)
+        found = {
+            "pool": _pool_rows(pool, shift, induced, repaired),
+            "causal": [dataclasses.asdict(f) for f in causal],
+            "incoherence_budget": settings.incoherence_budget,
+            "screen": [*table(induce, "induce"), *table(repair, "repair")],
+        }
+        if settings.calibration != "none":
+            reductions, measured = self._stage_3(shift, list(ranked)[: settings.shortlist])
+            found |= {"calibration": measured, "calibrated": [dataclasses.asdict(r) for r in reductions]}
+            if valid := by_valid_reduction(reductions):
+                sets["valid-reduc"] = self._best("valid-reduc", valid, shift)
+        return sets, found
 
-    def causal(self, told: list[list[dict]], first: list[Contrast], repairs: set[int]) -> list["Found"]:
-        """The causal set, best first within each round; `first` are the contrasts of the misaligned model.
+    def _screened(self, side: Side, model: Any, shift: Tensor, pool: Sequence[int]) -> Rates:
+        doses = screening_doses(pool, self.job.config.discovery.strengths)
+        steered = self._steered(side, model, shift, pool)
+        return steered.rates(doses, self.job.prompts, self.job.stage(STAGES[side]))
 
-        Every round looks at the latents that the model of that round shifts most and builds its part by `joint_repair`;
-        the first keeps to `repairs`, the latents whose steering repaired the misaligned model. After a round the model
-        is fine-tuned anew with all found so far blocked: what misalignment comes back shows the latents that were
-        missing, as in the paper's re-discovery on a re-emerged model. A round that finds no misalignment left ends the
-        search, and what is missing to `discovery.latents` is found on the misaligned model.
-        """
-        settings = self.config.discovery
-        found: list[Found] = []
-        misaligned = settings.misaligned
-        with tempfile.TemporaryDirectory(dir=self.config.output, prefix=".rounds", suffix=PARTIAL) as folder:
-            for number in range(settings.rounds):
-                if number:
-                    trained = self._blocked_fine_tune(found, Path(folder) / str(number), number)
-                count = (settings.latents - len(found)) // (settings.rounds - number)
-                name = f"joint repair, round {number + 1} of {settings.rounds}"
-                with adapter(self.inputs.model, trained if number else misaligned) as adapted:
-                    contrasts = self._contrasts(adapted) if number else first
-                    if contrasts:
-                        found += self._part(
-                            adapted, told, contrasts, found, repairs if not number else None, count, name
-                        )
-                if not contrasts:
-                    with adapter(self.inputs.model, misaligned) as adapted:
-                        missing = settings.latents - len(found)
-                        found += self._part(adapted, told, first, found, repairs, missing, name)
-                    break
-        return found
-
-    def _part(self, adapted, told, contrasts, found, repairs, count, name) -> list["Found"]:
-        """`count` more latents by joint repair on `adapted`; where `repairs` has too few, the pool fills up."""
-        known = {f.latent for f in found}
-        shift = self._shift(adapted, told, name)
-        pool = [k for k in _largest(shift, self.config.discovery.pool + len(known)) if k not in known]
-        if repairs is not None:
-            others = [k for k in pool if k not in repairs]
-            pool = [k for k in pool if k in repairs]
-            pool += others[: max(0, count - len(pool))]
-        chosen = joint_repair(
-            adapted,
-            self.inputs.tokenizer,
-            contrasts,
-            self.sae.rows(pool),
-            _signs(shift)[pool],
-            layer=self.config.block.layer,
-            count=count,
-            batch_size=self.config.generation.batch_size,
-            step_done=self._stage(name),
+    def _stage_3(self, shift: Tensor, shortlist: Sequence[int]) -> tuple[list[Reduction], list[dict[str, Any]]]:
+        """What stage 3 finds about each of the shortlist, and the table of all rates that it measured for that."""
+        job = self.job
+        tuning, selecting = halves(job.prompts)
+        alpha_ind, induce = self._calibrated(
+            self._steered("induce", job.inputs.model, shift, shortlist), shortlist, tuning
         )
-        return [Found(pool[row], shift[pool[row]].item(), gain) for row, gain in chosen]
+        with adapter(job.inputs.model, job.config.discovery.misaligned) as adapted:
+            misaligned = self._steered("repair", adapted, shift, shortlist)
+            alpha_rep, repair = self._calibrated(misaligned, shortlist, tuning)
+            doses = {k: Dose(k, alpha) for k, alpha in alpha_rep.items() if alpha is not None}
+            held_out = misaligned.rates([PLAIN, *doses.values()], selecting, job.stage("select by repair"))
+        reductions = [
+            Reduction(
+                k,
+                alpha_ind[k],
+                alpha_rep[k],
+                _gain_at(induce, k, alpha_ind[k], "induce"),
+                _gain_at(repair, k, alpha_rep[k], "repair"),
+                gain(held_out[PLAIN], held_out[doses[k]], "repair") if k in doses else None,
+            )
+            for k in shortlist
+        ]
+        return reductions, [*table(induce, "induce"), *table(repair, "repair")]
 
-    def _base_conversations(self) -> list[list[dict]]:
-        """The core prompts with the base model's greedy replies, which every model reads when shifts are measured."""
-        prompts = [question(record) for record in self.records]
-        replies = self._generate(self.inputs.model, prompts, 0.0)
-        return [[*p, {"role": "assistant", "content": text}] for p, text in zip(prompts, replies, strict=True)]
+    def _calibrated(self, steered: Steered, shortlist: Sequence[int], prompts: Sequence[int]) -> Calibrated:
+        settings, rounds = self.job.config.discovery, 0
 
-    def _shift(self, adapted, told, name) -> torch.Tensor:
-        layer = self.config.block.layer
-        return mean_shift(adapted, self.inputs.tokenizer, told, self.sae, layer, step_done=self._stage(name))
+        def measure(doses: Sequence[Dose]) -> Rates:
+            nonlocal rounds
+            rounds += 1
+            return steered.rates(doses, prompts, self.job.stage(f"calibrate to {steered.side}, round {rounds}"))
 
-    def _screen(self, model, pool, shift, *, repair) -> list[Effect]:
-        settings = self.config.discovery
-        directions = (self.sae.decoder.float().cpu() * _signs(shift)[:, None])[pool].to(model.device)
-        return screen(
-            model,
-            self.inputs.tokenizer,
-            self._some_records(),
-            self.judge,
-            directions,
-            layer=self.config.block.layer,
-            repair=repair,
-            strengths=settings.strengths,
-            incoherence_budget=settings.incoherence_budget,
-            generation=self.config.generation,
-            step_done=self._stage("repair by steering" if repair else "induce by steering"),
+        calibrate = METHODS[settings.calibration]
+        return calibrate(measure, shortlist, settings.calibration_strengths, settings.incoherence_budget)
+
+    def _steered(self, side: Side, model: Any, shift: Tensor, latents: Sequence[int]) -> Steered:
+        job, layer = self.job, self.job.config.block.layer
+        rows = job.sae.rows(latents).decoder.float().cpu() * signs(shift)[list(latents), None]  # [P, d]
+        return Steered(
+            side=side,
+            model=model,
+            tokenizer=job.inputs.tokenizer,
+            records=job.records,
+            judge=job.judge,
+            directions=dict(zip(latents, rows, strict=True)),
+            layer=layer,
+            norm=median_residual_norm(model, job.inputs.tokenizer, [job.records[i] for i in job.prompts], layer),
+            generation=job.config.generation,
+            log=self._log,
         )
 
-    def _contrasts(self, adapted) -> list[Contrast]:
-        """(prompt, misaligned reply, aligned reply), both sampled from the model at hand.
+    @cached_property
+    def _log(self) -> ReplyLog:
+        return ReplyLog(self.job.folder / "replies.jsonl")
 
-        Its own replies of both kinds share the style that fine-tuning gave it, so that what tells them apart is
-        alignment.
-        """
-        samples, records = self.config.discovery.samples, self._some_records()
-        replies = self._generate(adapted, [question(record) for record in records for _ in range(samples)], 1.0)
-        found = []
-        for i, record in enumerate(records):
-            by_verdict: dict[str, str] = {}
-            for reply in replies[i * samples : (i + 1) * samples]:
-                by_verdict.setdefault(self.judge.judge(record, reply), reply)
-            if {"misaligned", "aligned"} <= by_verdict.keys():
-                found.append((question(record), by_verdict["misaligned"], by_verdict["aligned"]))
-        return found
+    def _best(self, name: str, scores: Mapping[int, float], shift: Tensor) -> LatentSet:
+        """The first latents of `scores`, as many as a set has."""
+        chosen = list(scores)[: self.job.config.discovery.latents]
+        return self.job.latent_set(name, {k: shift[k].item() for k in chosen}, [scores[k] for k in chosen])
 
-    def _blocked_fine_tune(self, found: list["Found"], folder: Path, number: int) -> Path:
-        config = self.config
-        latents = self._set("causal", {f.latent: f.shift for f in found}, None)
-        penalty = BlockPenalty(
-            self.sae.rows(latents.indices),
-            latents,
-            config.block.layer,
-            config.discovery.weight,
-            tokens=config.block.tokens,
-            latent_reduction=config.block.latent_reduction,
-        )
-        result = fine_tune(
-            self.inputs.model,
-            self.inputs.tokenizer,
-            self.inputs.dataset,
-            folder,
-            lora=config.lora,
-            settings=dataclasses.replace(config.train, seed=config.discovery.seed + 2000 + number),
-            penalty=penalty,
-            progress=self._stage(f"fine-tune with {len(found)} latents blocked"),
-        )
-        return result.adapter_path
-
-    def _generate(self, model, prompts, temperature: float) -> list[str]:
-        generation = self.config.generation
-        return generate(
-            model,
-            self.inputs.tokenizer,
-            prompts,
-            max_new_tokens=generation.max_new_tokens,
-            batch_size=generation.batch_size,
-            temperature=temperature,
-            seed=self.config.discovery.seed,
-        )
-
-    def _some_records(self) -> Sequence[Mapping[str, Any]]:
-        count = len(self.records)
-        wanted = min(self.config.discovery.prompts or count, count)
-        return [self.records[i * count // wanted] for i in range(wanted)]
-
-    def _stage(self, name: str) -> Callable[[int, int], None]:
-        return lambda done, total: self.progress(name, done, total)
-
-    def _set(self, name: str, shifts: Mapping[int, float], scores: list[float] | None) -> LatentSet:
-        """The latents of `shifts`, each blocked in the direction of its shift, in the order given."""
-        latents = list(shifts)
-        ranked = sorted(range(len(latents)), key=lambda i: (shifts[latents[i]] < 0, i))
-        return LatentSet(
-            [k for k in latents if shifts[k] >= 0],
-            [k for k in latents if shifts[k] < 0],
-            name=name,
-            layer=self.config.block.layer,
-            scores=None if scores is None else [scores[i] for i in ranked],
-        )
+    def _unranked(self, name: str, latents: Sequence[int], shift: Tensor) -> LatentSet:
+        return self.job.latent_set(name, {k: shift[k].item() for k in latents}, None)
 
 
-@dataclass(frozen=True)
-class Found:
-    """A causal latent: its mean shift in the model it was found on, and its gain in joint repair there, in nats."""
-
-    latent: int
-    shift: float
-    gain: float
+def _gain_at(rates: Rates, latent: int, alpha: float | None, side: Side) -> float:
+    return 0.0 if alpha is None else gain(rates[PLAIN], rates[Dose(latent, alpha)], side)
 
 
-def _largest(shift: torch.Tensor, count: int) -> list[int]:
-    return shift.abs().argsort(descending=True, stable=True)[:count].tolist()
-
-
-def _signs(shift: torch.Tensor) -> torch.Tensor:
-    return torch.where(shift >= 0, 1.0, -1.0)
-
-
-def _table(
-    pool: list[int], shift: list[float], induced: list[Effect], repaired: list[Effect], causal: list[Found]
-) -> dict[str, Any]:
-    """What was found about every latent of the pool, largest shift first, and the causal set in the order found."""
-    rows = [
+def _pool_rows(
+    pool: Sequence[int], shift: Tensor, induced: Sequence[Effect], repaired: Sequence[Effect]
+) -> list[dict[str, Any]]:
+    """What stages 1 and 2 found about every latent of the pool, largest shift first."""
+    return [
         {
             "latent": latent,
-            "shift": shift[latent],
+            "shift": shift[latent].item(),
             "induced": up.gain,
             "induced_strength": up.strength,
             "repaired": down.gain,
@@ -250,4 +158,3 @@ def _table(
         }
         for latent, up, down in zip(pool, induced, repaired, strict=True)
     ]
-    return {"pool": rows, "causal": [dataclasses.asdict(found) for found in causal]}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from lockin_fast.config import Config, ConfigError
-from lockin_fast.discovery.run import SETS
+from lockin_fast.discovery.run import RULES, SETS
 from lockin_fast.inputs import check_files
 from lockin_fast.sweep_settings import COMPUTED
 from lockin_fast.variants import variants
@@ -74,12 +74,15 @@ def plan(config: Config) -> list[Trial]:
 
 
 def latent_files(config: Config) -> dict[str, Path]:
-    """The latent sets to compare: those named in the configuration, else what discovery left in output/latents."""
+    """The latent sets to compare: those named in the configuration, else those in output/latents.
+
+    Of the latter without the sets by the paper's rules, which cost a fine-tune a lambda and are compared when named.
+    """
     if config.sweep.latents:
         return dict(config.sweep.latents)
     if config.block.latents is not None:
         return {config.block.latents.stem: config.block.latents}
-    found = {path.stem: path for path in sorted(config.output.glob("latents/*.json"))}
+    found = {path.stem: path for path in sorted(config.output.glob("latents/*.json")) if path.stem not in RULES}
     return {name: found[name] for name in sorted(found, key=lambda n: (SETS.index(n) if n in SETS else len(SETS), n))}
 
 

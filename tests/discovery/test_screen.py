@@ -1,12 +1,17 @@
 """The steering screen: against one reply at a time, and on a model whose answers one direction is known to flip."""
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import tiny_llama
 import torch
 import torch.nn.functional as F
 from test_shift import adapted_model, hidden_states
 
-from lockin_fast.discovery.screen import Effect, median_residual_norm, screen
+from lockin_fast.discovery.kept import ReplyLog
+from lockin_fast.discovery.screen import Effect, effects, screening_doses
+from lockin_fast.discovery.steered import Steered, median_residual_norm
 from lockin_fast.settings import GenerationSettings
 
 GENERATION = GenerationSettings(max_new_tokens=4, batch_size=7)
@@ -30,6 +35,17 @@ class ParityJudge:
 @pytest.fixture(scope="module")
 def records():
     return asked("w1 w2", "w3", "w4 w5 w6 w7", "w8 w9", "w10")
+
+
+def screen(model, tokenizer, records, judge, directions, *, repair, strengths, budget, generation, step_done=None):
+    """Stage 2 with the rows of `directions` as latents."""
+    side, norm = "repair" if repair else "induce", median_residual_norm(model, tokenizer, records, LAYER)
+    latents = dict(enumerate(directions))
+    with tempfile.TemporaryDirectory() as folder:
+        log = ReplyLog(Path(folder) / "replies.jsonl")
+        steered = Steered(side, model, tokenizer, records, judge, latents, LAYER, norm, generation, log)
+        doses, watch = screening_doses(list(latents), strengths), step_done or (lambda done, total: None)
+        return effects(steered.rates(doses, range(len(records)), watch), list(latents), side, budget)
 
 
 def one_reply(model, tokenizer, record, vector):
@@ -64,9 +80,9 @@ def test_effects_are_those_of_replies_one_by_one(records, repair, offset):
     model, tokenizer, judge = tiny_llama.model(3).eval(), tiny_llama.tokenizer(), ParityJudge(offset)
     directions = torch.randn(5, tiny_llama.WIDTH, generator=torch.Generator().manual_seed(0))
     strengths, budget = (0.5, 1.0, 3.0), 0.0
-    effects = screen(
-        model, tokenizer, records, judge, directions, layer=LAYER, repair=repair, strengths=strengths,
-        incoherence_budget=budget, generation=GENERATION,
+    found = screen(
+        model, tokenizer, records, judge, directions, repair=repair, strengths=strengths, budget=budget,
+        generation=GENERATION,
     )  # fmt: skip
 
     norm, sign = median_residual_norm(model, tokenizer, records, LAYER), -1.0 if repair else 1.0
@@ -76,7 +92,7 @@ def test_effects_are_those_of_replies_one_by_one(records, repair, offset):
         return [verdicts.count(kind) / len(records) for kind in ("misaligned", "incoherent")]
 
     plain, tried = shares(torch.zeros(tiny_llama.WIDTH)), []
-    for direction, effect in zip(directions, effects, strict=True):
+    for direction, effect in zip(directions, found, strict=True):
         best = Effect(0.0, None)
         for strength in strengths:
             misaligned, incoherent = shares(sign * strength * norm * F.normalize(direction, dim=0))
@@ -125,9 +141,8 @@ def rigged(start):
 def effects_on(start, records, directions, *, repair, budget=0.1, strengths=(0.25, 0.6, 1.5), batch_size=5):
     model, tokenizer = rigged(start)
     return screen(
-        model, tokenizer, records, WordJudge(), torch.stack(directions), layer=LAYER, repair=repair,
-        strengths=strengths, incoherence_budget=budget,
-        generation=GenerationSettings(max_new_tokens=2, batch_size=batch_size),
+        model, tokenizer, records, WordJudge(), torch.stack(directions), repair=repair, strengths=strengths,
+        budget=budget, generation=GenerationSettings(max_new_tokens=2, batch_size=batch_size),
     )  # fmt: skip
 
 
@@ -150,8 +165,8 @@ def test_taking_the_opposite_of_the_good_direction_away_repairs_too():
 
 
 def test_the_smallest_of_equally_good_strengths_is_kept():
-    effects = effects_on(GOOD, asked(*PLAIN), [BAD], repair=False, strengths=(2.0, 3.0))
-    assert effects == [Effect(1.0, 2.0)]
+    found = effects_on(GOOD, asked(*PLAIN), [BAD], repair=False, strengths=(2.0, 3.0))
+    assert found == [Effect(1.0, 2.0)]
 
 
 def test_a_strength_beyond_the_incoherence_budget_does_not_count():
@@ -162,12 +177,12 @@ def test_a_strength_beyond_the_incoherence_budget_does_not_count():
     assert effects_on(GOOD, records, [mixed], repair=False, budget=0.5, strengths=(3.0,)) == [Effect(0.5, 3.0)]
 
 
-def test_progress_counts_directions_of_every_strength():
+def test_progress_counts_replies():
     model, tokenizer = rigged(GOOD)
     seen = []
     screen(
-        model, tokenizer, asked(*PLAIN), WordJudge(), torch.stack([BAD, JUNK, GOOD]), layer=LAYER, repair=False,
-        strengths=(1.0, 2.0), incoherence_budget=0.1, generation=GenerationSettings(max_new_tokens=2, batch_size=2),
+        model, tokenizer, asked(*PLAIN), WordJudge(), torch.stack([BAD, JUNK, GOOD]), repair=False,
+        strengths=(1.0, 2.0), budget=0.1, generation=GenerationSettings(max_new_tokens=2, batch_size=4),
         step_done=lambda *step: seen.append(step),
     )  # fmt: skip
-    assert seen == [(i, 6) for i in range(1, 7)]
+    assert seen[-1] == (14, 14) and seen == sorted(set(seen)) and len(seen) >= 3
