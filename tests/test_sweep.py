@@ -592,7 +592,7 @@ def test_no_setting_within_the_limits():
 
 def test_sets_that_discovery_left_in_the_output_are_found(copied):
     (copied / "run" / "latents").mkdir(parents=True)
-    for name in ("random", "extra", "causal"):
+    for name in ("random", "extra", "causal", "ind-pp", "valid-reduc"):
         shutil.copy(copied / "latents" / "random.json", copied / "run" / "latents" / f"{name}.json")
     config = load_config(copied / "config.yaml", ["sweep.latents={}"])
     assert list(sweep_run.latent_files(config)) == ["causal", "random", "extra"]

@@ -16,7 +16,6 @@ from lockin_fast.discovery.shift import mean_shift
 from lockin_fast.exam import question
 from lockin_fast.generation import generate
 from lockin_fast.inputs import Inputs
-from lockin_fast.judges import Judge
 from lockin_fast.progress import Progress
 from lockin_fast.sae import SparseAutoencoder
 
@@ -31,7 +30,7 @@ class Job:
     inputs: Inputs
     sae: SparseAutoencoder
     records: Sequence[Mapping[str, Any]]
-    judge: Judge
+    judge: Any  # what `rate` of lockin_fast.judges takes
     progress: Progress
 
     @property

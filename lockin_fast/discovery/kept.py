@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lockin_fast.judges import Rating
+from lockin_fast.judges.rating import NO_RATING, Rating
 from lockin_fast.rundir import RunError, write_json
 
 Key = tuple[str, int | None, float, int]  # side, latent, strength, prompt: what sets one reply apart
@@ -28,7 +28,7 @@ class ReplyLog:
 
     A line is {"side", "latent", "strength", "prompt", "reply", "misaligned", "incoherent", "refused"}: the side of the
     screen (induce: the base model; repair: the misaligned one), the latent and the strength it was steered with (null
-    and 0: not at all), and the index of the prompt among the core prompts.
+    and 0: not at all), and the index of the prompt among the core prompts. Rates are null where no judge gave a rating.
     What a kill left of a line is cut off when the file is opened. Raises RunError for any other damage.
     """
 
@@ -62,4 +62,5 @@ class ReplyLog:
 
     def _know(self, row: Mapping[str, Any]) -> None:
         key = (row["side"], row["latent"], row["strength"], row["prompt"])
-        self.ratings[key] = Rating(row["misaligned"], row["incoherent"], row["refused"])
+        rates = [row["misaligned"], row["incoherent"], row["refused"]]
+        self.ratings[key] = NO_RATING if None in rates else Rating(*rates)

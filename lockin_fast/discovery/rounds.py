@@ -12,12 +12,12 @@ from lockin_fast.blocking import BlockPenalty
 from lockin_fast.discovery.job import Job, largest, signs
 from lockin_fast.discovery.joint import joint_repair
 from lockin_fast.exam import question
-from lockin_fast.judges import Rating, rate
+from lockin_fast.judges import rate
 from lockin_fast.lora import adapter
 from lockin_fast.train import fine_tune
 
 Contrast = Sequence[Any]  # prompt messages, misaligned reply, aligned reply
-ALIGNED, MISALIGNED = Rating(0.0, 0.0, 0.0), Rating(1.0, 0.0, 0.0)  # by every judge, where there are several
+MISALIGNED, ALIGNED = (1.0, 0.0, 0.0), (0.0, 0.0, 0.0)  # what every judge says, where there are several
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,10 @@ def find_contrasts(job: Job, adapted: Any, number: int) -> list[Contrast]:
         ratings = rate(job.judge, records, replies)
         found = []
         for start in range(0, len(records), samples):
-            first: dict[Rating, str] = {}
+            first: dict[tuple[float, ...], str] = {}
             for reply, rating in list(zip(replies, ratings, strict=True))[start : start + samples]:
-                first.setdefault(rating, reply)
-            if {ALIGNED, MISALIGNED} <= first.keys():
+                first.setdefault((rating.misaligned, rating.incoherent, rating.refused), reply)
+            if {MISALIGNED, ALIGNED} <= first.keys():
                 found.append((question(records[start]), first[MISALIGNED], first[ALIGNED]))
         return found
 

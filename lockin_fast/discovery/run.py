@@ -10,7 +10,7 @@ from lockin_fast.discovery.job import Job
 from lockin_fast.discovery.search import Search
 from lockin_fast.exam import open_exam
 from lockin_fast.inputs import check_files, open_inputs, open_sae, sae_path
-from lockin_fast.judges import judge_source
+from lockin_fast.judges import judge_files
 from lockin_fast.lora import adapter
 from lockin_fast.progress import Progress, silent
 from lockin_fast.rundir import check_claim, check_place, claim, hash_files, write_json
@@ -48,14 +48,12 @@ def discover(config: Config, progress: Progress = silent) -> dict[str, Path]:
         "data.train": config.data.train,
         "data.core": config.data.core,
         "discovery.misaligned": settings.misaligned,
-        "judge.path": config.judge.path,
-        "judge.kind": judge_source(config.judge),
-    }
+    } | judge_files(config.judge)
     identity = config.identity("quantization", "discovery", "generation", "lora", "train", "judge")
     stage_3 = {key: identity.pop(key) for key in STAGE_3}
     entry = {
         "config": identity | {"block.layer": config.block.layer, "block.tokens": config.block.tokens},
-        "inputs": {name: hash_files(path) for name, path in paths.items() if path is not None},
+        "inputs": {name: hash_files(path) for name, path in paths.items()},
     }
     if "discover" in check_claim(run, "discover", entry) and (files := _finished(run, stage_3)):
         return files

@@ -1,6 +1,5 @@
 """A model that is steered along latents while it answers, and how its replies are rated."""
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -12,7 +11,7 @@ from lockin_fast.blocking.reference import Reference
 from lockin_fast.discovery.kept import ReplyLog
 from lockin_fast.discovery.steering import SteeredRow, generate_steered
 from lockin_fast.exam import question
-from lockin_fast.judges import Judge, Rating, rate
+from lockin_fast.judges import Rating, average, rate
 from lockin_fast.settings import GenerationSettings
 
 Side = Literal["induce", "repair"]
@@ -27,7 +26,7 @@ class Dose(NamedTuple):
 
 PLAIN = Dose(None, 0.0)  # not steered
 Rates = Mapping[Dose, Rating]
-"""The mean rating of the replies under each dose; `PLAIN` is always among them."""
+"""The rates (`lockin_fast.judges.average`) of the replies under each dose; `PLAIN` is always among them."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Steered:
     model: Any
     tokenizer: Any
     records: Sequence[Mapping[str, Any]]
-    judge: Judge
+    judge: Any  # what `rate` takes
     directions: Mapping[int, Tensor]
     layer: int
     norm: float
@@ -56,7 +55,7 @@ class Steered:
         prompts: Sequence[int],
         step_done: Callable[[int, int], None] = lambda done, total: None,
     ) -> dict[Dose, Rating]:
-        """The mean rating of the replies to `records[i]`, i in `prompts`, under each dose, in the order of `doses`.
+        """The rates of the replies to `records[i]`, i in `prompts`, under each dose, in the order of `doses`.
 
         Replies of many doses share a batch; each batch is judged, written to the log and flushed when it is finished.
         Costs len(doses) * len(prompts) replies, less what the log holds. step_done(replies, of all) counts those too.
@@ -65,7 +64,7 @@ class Steered:
         missing = [(dose, prompt) for dose, prompt in wanted if self._key(dose, prompt) not in self.log.ratings]
         self._answer(missing, lambda done: step_done(len(wanted) - len(missing) + done, len(wanted)))
         return {
-            dose: mean_rating([self.log.ratings[self._key(dose, prompt)] for prompt in prompts])
+            dose: average([self.log.ratings[self._key(dose, prompt)] for prompt in prompts])
             for dose in dict.fromkeys(doses)
         }
 
@@ -120,35 +119,23 @@ class Steered:
                     "strength": dose.strength,
                     "prompt": prompt,
                     "reply": reply,
-                    "misaligned": rating.misaligned,
-                    "incoherent": rating.incoherent,
-                    "refused": rating.refused,
+                    **_rates(rating if rating.rated else None),
                 }
                 for (dose, prompt), reply, rating in zip(asked, replies, ratings, strict=True)
             ]
         )
 
 
-def mean_rating(ratings: Sequence[Rating]) -> Rating:
-    """The mean of each of the three rates."""
-    return Rating(
-        *(statistics.fmean(getattr(r, name) for r in ratings) for name in ("misaligned", "incoherent", "refused"))
-    )
-
-
 def table(rates: Rates, side: Side) -> list[dict[str, Any]]:
     """The rates as rows of a JSON file: {"latent", "side", "strength", "misaligned", "incoherent", "refused"}."""
     return [
-        {
-            "latent": dose.latent,
-            "side": side,
-            "strength": dose.strength,
-            "misaligned": rating.misaligned,
-            "incoherent": rating.incoherent,
-            "refused": rating.refused,
-        }
+        {"latent": dose.latent, "side": side, "strength": dose.strength, **_rates(rating)}
         for dose, rating in rates.items()
     ]
+
+
+def _rates(rating: Rating | None) -> dict[str, float | None]:
+    return {name: getattr(rating, name, None) for name in ("misaligned", "incoherent", "refused")}
 
 
 @torch.no_grad()

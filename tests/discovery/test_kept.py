@@ -1,5 +1,6 @@
 """What a discovery keeps: whole lines or none, every reply asked for once."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from lockin_fast.discovery import steered
 from lockin_fast.discovery.kept import ReplyLog, kept
 from lockin_fast.discovery.steered import PLAIN, Dose, Steered
-from lockin_fast.judges import Rating
+from lockin_fast.judges.rating import NO_RATING, Rating
 from lockin_fast.rundir import RunError
 from lockin_fast.settings import GenerationSettings
 
@@ -58,6 +59,23 @@ def test_what_a_kill_left_of_a_line_is_cut_off_at_every_byte(tmp_path):
         assert list(log.ratings) == [("induce", 4, 0.5, 0)] and path.read_bytes() == whole[:first]
     log.add([row(1, "\u00fc")])
     assert path.read_bytes() == whole
+
+
+def test_a_reply_that_no_judge_could_rate_is_kept_and_counts_in_no_rate(asking):
+    open_, asked = asking
+
+    class Unsure(LengthJudge):
+        def rate(self, records, replies):
+            found = [Rating.of(self.judge(*pair)) for pair in zip(records, replies, strict=True)]
+            return [NO_RATING, *found[1:]]
+
+    doubtful = dataclasses.replace(open_(), judge=Unsure())
+    rates = doubtful.rates([Dose(9, 0.1)], [0, 1, 2])
+    assert rates == open_().rates([Dose(9, 0.1)], [0, 1, 2]) and len(asked) == 3
+    reply = "9 -1.000 q1"
+    assert rates == {Dose(9, 0.1): Rating(float(len(reply) % 2), 0.0, 0.0)}
+    first = json.loads(open_().log.path.read_text().splitlines()[0])
+    assert first["reply"] and first["misaligned"] is first["incoherent"] is first["refused"] is None
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"side": "induce"}', "7"])
