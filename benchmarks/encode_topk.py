@@ -23,12 +23,12 @@ def work(latents, dtype):
     bias = torch.full((latents,), -2.0).to(dtype)
     out = torch.empty(TOKENS, latents, dtype=dtype)
     others = {name: partial(encode, h) for name, encode in peers.topk_encoders(weight, bias, KEPT).items()}
-    # What sae-lens imports changes torch so that torch.compile fails in the same process: with peers, without it.
     return Work(
         {
             "bare product": lambda: torch.mm(h, weight.t(), out=out),
             "encode everything": partial(encode_everything, h, weight, bias, KEPT),
-            **(others or {"torch.compile": partial(torch.compile(encode_everything), h, weight, bias, KEPT)}),
+            "torch.compile": partial(torch.compile(encode_everything), h, weight, bias, KEPT),
+            **others,
             "encode_topk": partial(lockin_fast.encode_topk, h, weight, bias, KEPT),
         },
         ours=("encode_topk",),

@@ -38,12 +38,12 @@ def work(latents, dtype, streams):
         return lambda: reduced(*(encode(x) for x in (h, h_ref) if x is not None))
 
     others = {name: encoded_by(encode) for name, encode in peers.sae_encoders(weight, bias).items()}
-    # What sae-lens imports changes torch so that torch.compile fails in the same process: with peers, without it.
     return Work(
         {
             "bare product": product,
             "encode everything": partial(encode_everything, h, h_ref, weight, bias),
-            **(others or {"torch.compile": partial(torch.compile(encode_everything), h, h_ref, weight, bias)}),
+            "torch.compile": partial(torch.compile(encode_everything), h, h_ref, weight, bias),
+            **others,
             "latent_stats": partial(lockin_fast.latent_stats, h, weight, bias, h_ref=h_ref),
         },
         ours=("latent_stats",),

@@ -6,6 +6,7 @@
 
 import contextlib
 import io
+import sys
 
 import torch
 
@@ -19,6 +20,8 @@ def installed(*modules):
                 found.append(__import__(name, fromlist=["_"]))
         except Exception:  # a peer that does not import here, for whatever reason, is no provider
             found.append(None)
+    if nnsight := sys.modules.get("nnsight"):  # dictionary-learning brings it; it patches torch, which breaks compiling
+        nnsight.DEFAULT_PATCHER.__exit__(None, None, None)
     return found
 
 
