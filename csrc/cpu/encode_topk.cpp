@@ -33,7 +33,7 @@ class Keeper {
     for (int64_t t = 0; t < args.wide.tokens; ++t) args.floor[t] = -1.0f;
   }
 
-  void begin(int64_t k0, int64_t latents) {
+  void begin(int64_t k0, int64_t latents, int64_t) {
     k0_ = k0;
     latents_ = latents;
     gates_.load(args_.wide.encode, k0, latents);

@@ -14,12 +14,13 @@ class BlockSums {
  public:
   explicit BlockSums(const LatentStatsArgs& args) : args_(args), sum_() {}
 
-  void begin(int64_t k0, int64_t latents) {
+  void begin(int64_t k0, int64_t latents, int64_t segment) {
     k0_ = k0;
     latents_ = latents;
+    segment_sum_ = args_.sum + segment * args_.wide.encode.latents + k0;
     gates_.load(args_.wide.encode, k0, latents);
     for (int64_t k = 0; k < latents; ++k) {
-      sum_[k] = args_.sum[k0 + k];
+      sum_[k] = segment_sum_[k];
       squares_[k] = args_.sum_squares[k0 + k];
     }
     memset(count_, 0, sizeof(count_));
@@ -33,7 +34,7 @@ class BlockSums {
 
   void end() {
     for (int64_t k = 0; k < latents_; ++k) {
-      args_.sum[k0_ + k] = sum_[k];
+      segment_sum_[k] = sum_[k];
       args_.sum_squares[k0_ + k] = squares_[k];
       args_.count[k0_ + k] += count_[k];
       if (args_.wide.h_ref) args_.count_ref[k0_ + k] += count_ref_[k];
@@ -63,6 +64,7 @@ class BlockSums {
 
   const LatentStatsArgs& args_;
   int64_t k0_, latents_;
+  double* segment_sum_;
   Gates gates_;
   alignas(64) double sum_[kBlock], squares_[kBlock];
   alignas(64) int32_t count_[kBlock], count_ref_[kBlock];

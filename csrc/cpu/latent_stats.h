@@ -1,4 +1,4 @@
-// Sums over tokens of every latent of a whole SAE.
+// Sums over tokens of every latent of a whole SAE; one of them apart for every segment of the tokens.
 #pragma once
 
 #include "wide.h"
@@ -7,8 +7,8 @@ namespace lockin_fast {
 
 struct LatentStatsArgs {
   WideArgs wide;
-  double* sum;  // [F], of z or z - z_ref; all begin at zero
-  double* sum_squares;
+  double* sum;  // [segments, F], of z or z - z_ref; all begin at zero
+  double* sum_squares;  // [F]
   int64_t* count;
   int64_t* count_ref;  // [F], or null without a second stream
 };

@@ -22,6 +22,7 @@ struct WideArgs {
   int64_t h_ref_stride;
   const bool* mask;   // [T] or null
   int64_t tokens;     // T
+  const int64_t* ends;  // of segments of consecutive tokens, ascending to T, or null: all tokens are one
 };
 
 // Latents of a lot, at least one unit.

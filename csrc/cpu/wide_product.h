@@ -86,9 +86,10 @@ LOCKIN_FAST_LOCAL void block_products(const WideArgs& args, const EncodeArgs& bl
   }
 }
 
-// For every block of the latents [begin, end) and every chunk of the tokens that the mask keeps: use.begin(k0, latents),
-// use.tile(results, tokens, count) for a few of the chunk's tokens after others, use.end(). A token meets its latents in
-// ascending order. packed has room for a lot of padded rows.
+// For every block of the latents [begin, end) and every chunk of the tokens that the mask keeps:
+// use.begin(k0, latents, segment), use.tile(results, tokens, count) for a few of the chunk's tokens after others,
+// use.end(). A chunk is of one segment. A token meets its latents in ascending order. packed has room for a lot of
+// padded rows.
 template <class T, class Use>
 void wide_products(const WideArgs& args, int64_t begin, int64_t end, void* packed, Use& use) {
   const int64_t width = args.encode.width, lot = wide_lot(width, sizeof(T)), step = block_latents<T>(width);
@@ -100,9 +101,12 @@ void wide_products(const WideArgs& args, int64_t begin, int64_t end, void* packe
     rows.latents = end - k_lot < lot ? end - k_lot : lot;
     rows.weight = static_cast<const T*>(rows.weight) + k_lot * rows.weight_stride;
     pack_groups(rows, static_cast<T*>(packed), 0, (rows.latents + kColumns - 1) / kColumns);
+    int64_t segment = 0;
     for (int64_t token = 0; token < args.tokens;) {
+      while (args.ends && args.ends[segment] <= token) ++segment;
+      const int64_t stop = args.ends ? args.ends[segment] : args.tokens;
       int count = 0;
-      for (; token < args.tokens && count < chunk; ++token) {
+      for (; token < stop && count < chunk; ++token) {
         if (!args.mask || args.mask[token]) tokens[count++] = token;
       }
       for (int64_t k0 = 0; k0 < rows.latents && count > 0; k0 += step) {
@@ -111,7 +115,7 @@ void wide_products(const WideArgs& args, int64_t begin, int64_t end, void* packe
         block.packed = static_cast<T*>(packed) + k0 * padded_width(width);
         const bool last = k0 + step >= rows.latents;
         const int64_t bytes = last ? 0 : step * padded_width(width) * static_cast<int64_t>(sizeof(T));
-        use.begin(k_lot + k0, block.latents);
+        use.begin(k_lot + k0, block.latents, segment);
         block_products<T>(args, block, bytes, tokens, count, &results, use);
         use.end();
       }

@@ -24,7 +24,7 @@ inline Wide wide_args(const Tensor& h, const Tensor& weight, const Tensor& bias,
   if (h_ref) wide.reference = reference_rows(*h_ref, h);
   const OptionalTensor& reference = wide.reference;
   wide.args = {wide.encode.args, reference ? reference->const_data_ptr() : nullptr,
-               reference ? reference->stride(0) : 0, token_mask(mask, h.size(0)), h.size(0)};
+               reference ? reference->stride(0) : 0, token_mask(mask, h.size(0)), h.size(0), nullptr};
   const int64_t element_size = static_cast<int64_t>(h.element_size());
   wide.lot_bytes = wide_lot(h.size(1), element_size) * padded(h.size(1)) * element_size;
   return wide;

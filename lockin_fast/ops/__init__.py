@@ -16,6 +16,7 @@ from lockin_fast.ops import (
     patch_diff,
     prefix_matching,
     routing_stats,
+    segment_stats,
     steer,
 )
 
@@ -36,5 +37,6 @@ __all__ = [
     "patch_diff",
     "prefix_matching",
     "routing_stats",
+    "segment_stats",
     "steer",
 ]

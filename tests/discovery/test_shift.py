@@ -47,9 +47,10 @@ def test_mean_shift_is_the_difference_of_two_full_encodes(layer, normalization):
     model, tokenizer = adapted_model(), tiny_llama.tokenizer()
     sae = dataclasses.replace(tiny_llama.sae(), normalization=normalization)
     seen = []
-    shift = mean_shift(model, tokenizer, conversations(), sae, layer, step_done=lambda *step: seen.append(step))
+    options = {"batch_size": 3, "step_done": lambda *step: seen.append(step)}
+    shift = mean_shift(model, tokenizer, conversations(), sae, layer, **options)
     assert shift.dtype == torch.float64 and shift.shape == (tiny_llama.LATENTS,)
-    assert seen == [(i, 7) for i in range(1, 8)]
+    assert seen == [(3, 7), (6, 7), (7, 7)]
 
     expected = torch.zeros(tiny_llama.LATENTS, dtype=torch.float64)
     for messages in conversations():

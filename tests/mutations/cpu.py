@@ -31,15 +31,15 @@ WIDE = [
             "static_cast<const T*>(rows.weight) + begin * rows.weight_stride",
         ),
         (
-            "for (; token < args.tokens && count < chunk; ++token) {",
-            "for (++token; token < args.tokens && count < chunk; ++token) {",
+            "for (; token < stop && count < chunk; ++token) {",
+            "for (++token; token < stop && count < chunk; ++token) {",
         ),
         ("+ k0 * padded_width(width);", "+ k0 * width;"),
     ),
     *faults(
         "csrc/cpu/wide_product.h",
         "ops/test_encode_topk",
-        ("use.begin(k_lot + k0, block.latents);", "use.begin(k_lot, block.latents);"),
+        ("use.begin(k_lot + k0, block.latents, segment);", "use.begin(k_lot, block.latents, segment);"),
         ("use.tile(*results, tokens + i, here.count);", "use.tile(*results, tokens, here.count);"),
     ),
     *faults(
@@ -48,7 +48,7 @@ WIDE = [
         ("static_cast<double>(z - z_ref)", "static_cast<double>(z + z_ref)"),
         ("count_[k] += z > 0.0f;", "count_[k] += z >= 0.0f;"),
         ("squares_[k] += value * value;", "squares_[k] += value;"),
-        ("sum_[k] = args_.sum[k0 + k];", "sum_[k] = 0.0;"),
+        ("sum_[k] = segment_sum_[k];", "sum_[k] = 0.0;"),
         ("args_.count[k0_ + k] += count_[k];", "args_.count[k0_ + k] = count_[k];"),
         ("add<1>(tile.pre + r, tile.pre_ref + r);", "add<1>(tile.pre, tile.pre_ref);"),
     ),
@@ -58,6 +58,23 @@ WIDE = [
         ("kept ? std::count(kept, kept + h.size(0), true) : h.size(0)", "h.size(0)"),
         ("std::min(last * kWideUnit, latents)", "std::min(last * kWideUnit - 1, latents)"),
     ),
+    *faults(
+        "csrc/cpu/wide_product.h",
+        "ops/test_segment_stats",
+        ("while (args.ends && args.ends[segment] <= token) ++segment;", "if (token) ++segment;"),
+        ("const int64_t stop = args.ends ? args.ends[segment] : args.tokens;", "const int64_t stop = args.tokens;"),
+    ),
+    *faults(
+        "csrc/cpu/latent_stats.cpp",
+        "ops/test_segment_stats",
+        ("args_.sum + segment * args_.wide.encode.latents + k0", "args_.sum + segment * latents + k0"),
+    ),
+    *faults(
+        "csrc/ops_cpu/segment_stats.cpp",
+        "ops/test_segment_stats",
+        ("(segments > 0 ? values[segments - 1] : 0) == tokens", "true"),
+    ),
+    *faults("lockin_fast/ops/segment_stats.py", "ops/test_segment_stats", ("start = end", "start = 0")),
 ]
 
 NARROW = [

@@ -17,7 +17,7 @@ from lockin_fast.kernels import gpu
 
 HERE = Path(__file__).parent
 OPS = Path(lockin_fast.__file__).parent / "ops"
-WIDE = ["test_encode_topk.py", "test_latent_stats.py"]
+WIDE = ["test_encode_topk.py", "test_latent_stats.py", "test_segment_stats.py"]
 NARROW = sorted({f"test_{path.stem}.py" for path in OPS.glob("[a-z]*.py")} - set(WIDE))
 OWN = (
     "LOCKIN_FAST_BACKEND", "LOCKIN_FAST_CPU_ISA", "LOCKIN_FAST_TEST_WITHOUT", "LOCKIN_FAST_TEST_DEVICE",
@@ -50,7 +50,7 @@ nested = pytest.mark.skipif(any(name in os.environ for name in OWN), reason="thi
 @needs_compiled
 def test_the_compiled_part_serves_the_narrow_ops():
     narrow = dict.fromkeys(("block_penalty", "encode_latents", "latent_backward", "latent_backward_"), "cpu")
-    full_width = ("encode_topk", "latent_stats")
+    full_width = ("encode_topk", "latent_stats", "segment_stats")
     assert served(LOCKIN_FAST_CPU_ISA="baseline").items() >= (narrow | dict.fromkeys(full_width, "reference")).items()
     wide = "cpu" if "avx512" in import_module("lockin_fast._native").cpu_features() else "reference"
     expected = narrow | dict.fromkeys(full_width, wide)
@@ -80,8 +80,10 @@ def test_the_reference_can_be_forced():
 
 @needs_triton
 def test_the_interpreter_serves_every_op():
-    assert served(TRITON_INTERPRET="1") == dict.fromkeys(dispatch.triton_ops(), "triton")
-    assert served(TRITON_INTERPRET="1", LOCKIN_FAST_BACKEND="triton") == dict.fromkeys(dispatch.triton_ops(), "triton")
+    expected = dict.fromkeys(dispatch.triton_ops(), "triton")
+    expected["segment_stats"] = "reference"  # which calls latent_stats
+    assert served(TRITON_INTERPRET="1") == expected
+    assert served(TRITON_INTERPRET="1", LOCKIN_FAST_BACKEND="triton") == expected
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ def test_opcheck(dtype):
         (ops.latent_backward_, (p.h.clone(), coefficient, scale, p.weight)),
         (ops.latent_stats, (p.h, p.weight, p.bias, p.h_ref, p.threshold, p.mask)),
         (ops.latent_stats, (p.h, p.weight, p.bias, None, None, None)),
+        (ops.segment_stats, (p.h, p.weight, p.bias, p.h_ref, p.threshold, torch.tensor([4, 4, 9]))),
+        (ops.segment_stats, (p.h, p.weight, p.bias, None, None, torch.tensor([9]))),
     ):
         torch.library.opcheck(op.default, arguments, test_utils=CHECKS)
 
