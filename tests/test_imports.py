@@ -20,7 +20,7 @@ LAYERS = [
     {"cache", "quantized"},
     {
         "chat", "blocking", "lora", "train", "generation", "organism", "judges", "config", "inputs", "exam",
-        "discovery", "patching", "settings", "judge_settings", "sweep_settings", "variants", "paper_names",
+        "steering", "discovery", "patching", "settings", "judge_settings", "sweep_settings", "variants", "paper_names",
     },
     {"stacked"},
     {"sweep", "report", "monitor"},

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from lockin_fast.blocking.reference import Reference
 from lockin_fast.discovery.kept import ReplyLog
-from lockin_fast.discovery.steering import SteeredRow, generate_steered
 from lockin_fast.exam import question
 from lockin_fast.judges import Rating, average, rate
 from lockin_fast.settings import GenerationSettings
+from lockin_fast.steering import SteeredRow, generate_steered
 
 Side = Literal["induce", "repair"]
 

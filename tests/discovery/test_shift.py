@@ -9,7 +9,7 @@ from torch import nn
 
 from lockin_fast.blocking.layers import decoder_layer
 from lockin_fast.discovery.shift import mean_shift
-from lockin_fast.discovery.steering import steered
+from lockin_fast.steering import steered
 
 
 def adapted_model(seed=0):
