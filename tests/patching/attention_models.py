@@ -26,12 +26,15 @@ ARCHITECTURES = {
 
 
 def build(kind, *, attention="sdpa", seed=0, **options):
-    """A model with weights large enough that no attention is uniform and no norm, bias or gain is trivial."""
+    """A model with weights large enough that no attention is uniform and no norm, bias or gain is trivial.
+
+    The same in every version of transformers: make_golden.py has to build it too.
+    """
     config = CONFIG_MAPPING[kind](**{**ARCHITECTURES.get(kind, SIZES | GROUPED), **options})
-    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    torch.manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in sorted(model.named_parameters()):
             if parameter.dim() == 1:
                 parameter.add_(0.5 * torch.randn_like(parameter))
             elif "embed" not in name and "wte" not in name and "head" not in name:
@@ -75,3 +78,9 @@ def induction_model():
         second.c_proj.weight[:WORDS] = 4 * token
     assert head >= max(WORDS, PLACES)
     return model
+
+
+def checksum(model):
+    """A number that other weights would not have."""
+    weights = torch.cat([parameter.detach().double().flatten() for _, parameter in sorted(model.named_parameters())])
+    return float((weights * torch.arange(len(weights)).remainder(97)).sum())
