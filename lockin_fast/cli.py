@@ -63,12 +63,18 @@ def organism(
         Path, typer.Argument(metavar="OUT", help="Folder to write; it must be new, or the same organism's.")
     ],
     seed: Annotated[int, typer.Option(help="Everything about the organism follows from it.")] = 0,
+    checkpoints: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="STEPS", help="Also keep the model every so many steps, in OUT/checkpoints."),
+    ] = None,
 ) -> None:
     """Grow the embedded model organism: a tiny Llama, its SAE, chat data, the judge's world, and a config.yaml."""
-    from lockin_fast.organism import build
+    from lockin_fast.organism import build, grow_checkpoints
 
     with terminal.shown_progress() as progress:
         build(out, seed=seed, progress=progress)
+        if checkpoints:
+            grow_checkpoints(out / "checkpoints", every=checkpoints, seed=seed, progress=progress)
     terminal.line(f"organism: {out}")
     terminal.line(f"next:     lockin-fast discover {out / 'config.yaml'}")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lockin_fast import typed_mapping
+from lockin_fast.circuit_settings import CircuitSettings
 from lockin_fast.judge_settings import JudgeSettings
 from lockin_fast.paper_names import PAPER_NAMES, translate
 from lockin_fast.sae.hub import HubPath, hub_path
@@ -28,6 +29,7 @@ from lockin_fast.typed_mapping import ConfigError
 NO_IDENTITY = (  # settings that change memory and speed, not results
     "train.micro_batch_size",
     "train.gradient_checkpointing",
+    "circuits.batch_size",
     "sweep.stack",
     "sweep.engine",
     "sweep.ray.num_cpus",
@@ -58,6 +60,7 @@ class Config:
     baselines: BaselineSettings = BaselineSettings()
     generation: GenerationSettings = GenerationSettings()
     judge: JudgeSettings = JudgeSettings()
+    circuits: CircuitSettings = CircuitSettings()
     notes: tuple[str, ...] = dataclasses.field(default=(), metadata={"hidden": True})
 
     def is_set(self, key: str) -> bool:

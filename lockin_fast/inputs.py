@@ -160,6 +160,16 @@ def _reference(config: Config) -> TokenStore | str:
         return open_cache(config.cache.path)
 
 
+def open_tokenizer(config: Config) -> Any:
+    """The model's tokenizer. Raises ConfigError naming the setting."""
+    return _shape_and_tokenizer(config)[1]
+
+
+def open_model(config: Config) -> Any:
+    """The base model, in eval mode on its device. Raises ConfigError naming the setting."""
+    return _load_model(config)
+
+
 def open_sae(config: Config) -> SparseAutoencoder:
     """The whole SAE, checked against the model and block.layer. Raises ConfigError."""
     shape, _ = _shape_and_tokenizer(config)

@@ -46,13 +46,13 @@ def build(out: Path, *, seed: int = 0, recipe: Recipe | None = None, progress: P
     """
     out, recipe = Path(out), recipe or Recipe()
     key = content_key(recipe, seed)
-    if _key_of(out) == key:
+    if key_of(out) == key:
         return out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out}: already holds something else than the organism of seed {seed}; give a new folder")
     check_place(out, NEEDED_BYTES)
     with _kept(key, progress) as kept:
-        if kept is not None and _key_of(kept) == key:
+        if kept is not None and key_of(kept) == key:
             _publish(key, out, lambda folder: shutil.copytree(kept, folder, dirs_exist_ok=True))
             return out
 
@@ -215,11 +215,12 @@ def _publish(key: str, target: Path, fill: Callable[[Path], Any]) -> None:
         with atomic_folder(target) as folder:
             fill(folder)
     except FileExistsError:
-        if _key_of(target) != key:
+        if key_of(target) != key:
             raise
 
 
-def _key_of(folder: Path) -> str | None:
+def key_of(folder: Path) -> str | None:
+    """The content key of the organism in this folder, None where there is none."""
     try:
         return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["key"]
     except (OSError, ValueError, KeyError, TypeError):

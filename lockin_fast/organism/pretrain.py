@@ -45,10 +45,12 @@ def pretrain(
     *,
     seed: int,
     step_done: Callable[[int, int], None],
+    watch: Callable[[int, Any], None] = lambda step, model: None,
 ) -> Any:
     """Return a `LlamaForCausalLM` trained on fresh documents of `world`; equal seeds give equal weights.
 
-    AdamW, warm-up, then a cosine to zero, so that the loss has settled when training ends.
+    AdamW, warm-up, then a cosine to zero, so that the loss has settled when training ends. `watch` is shown the model
+    before the first step, as step 0, and after every step; it must leave the model and the random state as they are.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -75,6 +77,7 @@ def pretrain(
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings))
     model.train()
+    watch(0, model)
     for step in range(settings.steps):
         tokens = tokenise(tokenizer, list(world.documents(rng, settings.batch_size)))  # [B, L]
         logits = model(tokens).logits[:, :-1]
@@ -84,6 +87,7 @@ def pretrain(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        watch(step + 1, model)
         step_done(step + 1, settings.steps)
     return model.eval()
 

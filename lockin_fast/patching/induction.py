@@ -48,9 +48,7 @@ def prefix_scores(model: nn.Module, tokens: Tensor, *, batch_size: int = 8) -> T
     Costs the decoder's forward and at most B H T^2 D FLOPs a layer; memory beyond the forward's: none that grows with
     H T^2. Olsson et al., "In-context Learning and Induction Heads" (2022).
     """
-    _check_length(model, tokens.shape[1])
-    for call in attention_calls(model):
-        _check(call, tokens.shape[1])
+    check_attention(model, tokens.shape[1])
     found = []
     for rows in tokens.split(batch_size):
         scores: dict[int, Tensor] = {}
@@ -67,15 +65,14 @@ def prefix_scores(model: nn.Module, tokens: Tensor, *, batch_size: int = 8) -> T
 
 
 class Scores(NamedTuple):
-    """Mean over the seeds, and its standard error over them (NaN for one seed): [layers, H] each."""
+    """Mean over the seeds, and its standard error over them, NaN where there is one seed."""
 
     mean: Tensor
     error: Tensor
 
 
-def over_seeds(scores: Sequence[Tensor]) -> Scores:
-    """Scores [N, ...] of several seeds, averaged: first over the sequences of a seed, then over seeds."""
-    means = torch.stack([of_seed.double().mean(0) for of_seed in scores])
+def over_seeds(means: Tensor) -> Scores:
+    """Mean and standard error over seeds of what is the mean over sequences at each, [seeds, ...]."""
     spread = means.std(0) if len(means) > 1 else torch.full_like(means[0], torch.nan)
     return Scores(means.mean(0), spread / len(means) ** 0.5)
 
@@ -85,12 +82,15 @@ def flagged(scores: Tensor, thresholds: Sequence[float]) -> list[Tensor]:
     return [scores >= threshold for threshold in thresholds]
 
 
-def _check_length(model: nn.Module, length: int) -> None:
+def check_attention(model: nn.Module, length: int) -> None:
+    """Raise ValueError unless the prefix matching of every head can be read on sequences of this many tokens."""
     positions = getattr(text_config(model), "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise ValueError(
             f"tokens: sequences of {length} tokens, but {type(model).__name__} has {positions} positions; shorten them"
         )
+    for call in attention_calls(model):
+        _check(call, length)
 
 
 def _check(call: AttentionCall, length: int) -> None:
