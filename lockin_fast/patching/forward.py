@@ -100,8 +100,8 @@ class Runner:
         edits: at layers that run. watch: what the outcome holds: components, and "keys_values".
         logits_at: int64 [N, 2] of (row, column) whose logits are wanted.
 
-        Raises ValueError, before any work, for a start out of range, a missing or superfluous `hidden`, an edit below
-        the start, and past or tokens that do not belong together.
+        Gradients flow where torch has them on. Raises ValueError, before any work, for a start out of range, a missing
+        or superfluous `hidden`, an edit below the start, and past or tokens that do not belong together.
         Costs the share (n - start) / n of the model's layers on B * S tokens, and N products with the unembedding.
         """
         self._check(tokens, start, hidden, past, edits)
@@ -159,6 +159,7 @@ class Runner:
 
             def see_heads(module, args):
                 found[number] = args[0].unflatten(-1, (head_count(self.model), -1))
+                return (found[number].flatten(-2), *args[1:])  # so that gradients reach what is kept
 
             return output_projection(layer).register_forward_pre_hook, see_heads
 

@@ -46,6 +46,7 @@ class Pass:
     source: dict[Side, Source]
 
 
+@torch.no_grad()
 def differences(
     runner: Runner, sides: Sides, contrasts: Sequence[Contrast], wanted: Sequence[Site], *, batch_size: int,
     held: Callable[[Clean], Source] = Dense, seen: Callable[[Pass, list[int]], None] = lambda now, rows: None,
@@ -86,6 +87,7 @@ def differences(
     return Differences(clean, result)
 
 
+@torch.no_grad()
 def clean_pass(
     runner: Runner, sides: Sides, contrasts: Sequence[Contrast], components: Sequence[Component],
     held: Callable[[Clean], Source] = Dense,
@@ -94,7 +96,7 @@ def clean_pass(
     prompts, replies = tokens_of(contrasts, runner.device)
     clean = {}
     for side in ("base", "misaligned"):
-        with sides.as_model(side), torch.no_grad():
+        with sides.as_model(side):
             clean[side] = run_clean(runner, prompts, replies, components)
     return Pass(contrasts, clean, {side: held(run) for side, run in clean.items()})
 

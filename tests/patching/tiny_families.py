@@ -58,7 +58,7 @@ PROMPTS = [[5, 9, 11, 30, 8, 22, 40], [7, 7, 31], [12, 41, 3, 19, 20, 6]]
 REPLIES = [[[13, 14, 15], [16], [17, 18]], [[19], [21, 22, 23, 24], [25, 26]]]  # misaligned, then aligned
 
 
-def states(model, ids, edits=()):
+def states(model, ids, edits=(), grad=False):
     """A plain forward of one row: logits [S, V] and {(component, layer): output [S, ...]}, with whole outputs edited.
 
     edits: (component, layer, function of the output [S, ...] to what takes its place).
@@ -88,7 +88,7 @@ def states(model, ids, edits=()):
 
         return hook
 
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack, torch.set_grad_enabled(grad):
         for number, layer in enumerate(decoder_layers(model)):
             stack.enter_context(layer.register_forward_hook(output(("residual", number))))
             stack.enter_context(output_projection(layer).register_forward_pre_hook(heads(("heads", number))))
