@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from lockin_fast.patching.forward import Runner
-from lockin_fast.patching.logit_difference import Pass
 from lockin_fast.patching.sides import Sides
 from lockin_fast.patching.sites import SIDES, Direction, Site
 from lockin_fast.patching.spans import covers_reply
-from lockin_fast.patching.states import Clean, logprobs
+from lockin_fast.patching.states import Clean, Pass, logprobs
 
 
 def attributions(runner: Runner, sides: Sides, now: Pass, direction: Direction, wanted: Sequence[Site]) -> Tensor:
@@ -27,7 +26,7 @@ def attributions(runner: Runner, sides: Sides, now: Pass, direction: Direction, 
     components = tuple(dict.fromkeys(site.component for site in wanted))
     with sides.as_model(SIDES[direction][1]), torch.enable_grad():
         gradients = _gradients(runner, target, components)
-    result = torch.full((len(wanted), len(now.contrasts)), torch.nan)
+    result = torch.full((len(wanted), len(now.prompts)), torch.nan)
     for number, site in enumerate(wanted):
         per_token = gradients[site.component][site.layer].float()
         change = _rows(source, site.component, site.layer) - _rows(target, site.component, site.layer)
@@ -35,7 +34,7 @@ def attributions(runner: Runner, sides: Sides, now: Pass, direction: Direction, 
         per_token = per_token if site.head is None else per_token[..., site.head]
         covered = _covered(now, site, per_token.shape[1]).to(per_token.device)
         effect = per_token.where(covered, 0.0).sum(1).view(2, -1).sum(0)  # both replies are read after the patch
-        result[number] = effect.where(covered.view(2, len(now.contrasts), -1).any(2).any(0), torch.nan).cpu()
+        result[number] = effect.where(covered.view(2, len(now.prompts), -1).any(2).any(0), torch.nan).cpu()
     return result
 
 
@@ -70,19 +69,19 @@ def _covered(now: Pass, site: Site, columns: int) -> Tensor:
     clean = now.clean["base"]
     length = clean.prompts.input_ids.shape[1]
     covered = torch.zeros(len(clean.replies.input_ids), columns, dtype=torch.bool)
-    for row, contrast in enumerate(now.contrasts):
-        placed = site.placed(row, contrast.prompt, length)
+    for row, prompt in enumerate(now.prompts):
+        placed = site.placed(row, prompt, length)
         if placed:
-            covered[row :: len(now.contrasts), list(placed.columns)] = True
+            covered[row :: len(now.prompts), list(placed.columns)] = True
     if covers_reply(site.positions):
         covered[:, length:] = clean.replies.real[:, : columns - length].cpu()
     return covered
 
 
 def rank_agreement(estimates: Tensor, effects: Tensor) -> float | None:
-    """Spearman's rank correlation of two series [n], pairs with a NaN left out; None for fewer than three, or no spread.
+    """Spearman's rank correlation of two series [n], pairs with a NaN left out; ties share their mean rank.
 
-    Ties share their mean rank.
+    None for fewer than three pairs, and where a series has no spread.
     """
     both = ~(estimates.isnan() | effects.isnan())
     if int(both.sum()) < 3:

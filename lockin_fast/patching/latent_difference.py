@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lockin_fast.ops.patch_diff import patch_diff
-from lockin_fast.patching.logit_difference import Pass
 from lockin_fast.patching.sites import Site
+from lockin_fast.patching.states import Pass
 from lockin_fast.sae import SparseAutoencoder
 
 
@@ -34,7 +34,7 @@ class LatentDifferences:
         length = clean.prompts.input_ids.shape[1]
         for layer, name in self._keys:
             site = Site("induce", "residual", layer, name)
-            placed = [site.placed(row, contrast.prompt, length) for row, contrast in enumerate(now.contrasts)]
+            placed = [site.placed(row, prompt, length) for row, prompt in enumerate(now.prompts)]
             at = torch.tensor([(p.row, column) for p in placed if p for column in p.columns], dtype=torch.int64)
             parts = [("prompt", at.view(-1, 2))]
             if clean.reply and any(p and p.reply for p in placed):

@@ -13,8 +13,8 @@ from lockin_fast.patching.patched import PatchedRuns, Placed
 from lockin_fast.patching.sides import Side, Sides
 from lockin_fast.patching.sites import SIDES, Site
 from lockin_fast.patching.spans import PromptTokens
-from lockin_fast.patching.states import Clean, Dense, Source, run_clean
-from lockin_fast.patching.tokens import Tokens, following, left_padded
+from lockin_fast.patching.states import Clean, Dense, Pass, Source, run_both
+from lockin_fast.patching.tokens import following, left_padded
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,6 @@ class Differences:
     patched: Tensor
 
 
-@dataclass(frozen=True)
-class Pass:
-    """The two sides' clean runs over some contrasts, from which every site of theirs is computed."""
-
-    contrasts: Sequence[Contrast]
-    clean: dict[Side, Clean]
-    source: dict[Side, Source]
-
-
 @torch.no_grad()
 def differences(
     runner: Runner, sides: Sides, contrasts: Sequence[Contrast], wanted: Sequence[Site], *, batch_size: int,
@@ -65,7 +56,7 @@ def differences(
     size, done = max(batch_size // 2, 1), 0
     for begin in range(0, len(order), size):
         numbers = order[begin : begin + size]
-        now = clean_pass(runner, sides, [contrasts[i] for i in numbers], components, held)
+        now = contrast_pass(runner, sides, [contrasts[i] for i in numbers], components, held)
         seen(now, numbers)
         for side in clean:
             with sides.as_model(side):
@@ -78,7 +69,7 @@ def differences(
             source, target = SIDES[direction]
             with sides.as_model(target):
                 runs = PatchedRuns(runner, now.clean[target], now.source[source], component, layer)
-                for cells, placed in batches(group, [c.prompt for c in now.contrasts], size):
+                for cells, placed in batches(group, now.prompts, size):
                     found = runs.differences(placed).cpu()
                     for (site, row), value in zip(cells, found.tolist(), strict=True):
                         result[site, numbers[row]] = value
@@ -87,25 +78,15 @@ def differences(
     return Differences(clean, result)
 
 
-@torch.no_grad()
-def clean_pass(
+def contrast_pass(
     runner: Runner, sides: Sides, contrasts: Sequence[Contrast], components: Sequence[Component],
     held: Callable[[Clean], Source] = Dense,
 ) -> Pass:  # fmt: skip
-    """Run both sides over the contrasts."""
-    prompts, replies = tokens_of(contrasts, runner.device)
-    clean = {}
-    for side in ("base", "misaligned"):
-        with sides.as_model(side):
-            clean[side] = run_clean(runner, prompts, replies, components)
-    return Pass(contrasts, clean, {side: held(run) for side, run in clean.items()})
-
-
-def tokens_of(contrasts: Sequence[Contrast], device: torch.device) -> tuple[Tokens, Tokens]:
-    """The prompts [B, P] and the replies [2 B, R] that follow them, the misaligned ones first."""
-    prompts = left_padded([c.prompt.ids for c in contrasts], device)
-    twice = prompts.rows(torch.arange(len(contrasts), device=device).repeat(2))
-    return prompts, following(twice, [c.misaligned for c in contrasts] + [c.aligned for c in contrasts])
+    """Run both sides over the contrasts: prompts [B, P], and the replies [2 B, R] to them, misaligned ones first."""
+    tokens = left_padded([c.prompt.ids for c in contrasts], runner.device)
+    twice = tokens.rows(torch.arange(len(contrasts), device=runner.device).repeat(2))
+    replies = following(twice, [c.misaligned for c in contrasts] + [c.aligned for c in contrasts])
+    return run_both(runner, sides, [c.prompt for c in contrasts], tokens, replies, components, held)
 
 
 def batches(

@@ -1,6 +1,6 @@
 """The states that a sweep patches with and starts from: one side's clean run over a batch, as it is or in four bits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -11,6 +11,8 @@ from lockin_fast.ops.nf4 import BLOCKSIZES
 from lockin_fast.ops.nf4_tensor import NF4Tensor, outlier_channels, quantize_nf4
 from lockin_fast.patching.components import Component
 from lockin_fast.patching.forward import KeysValues, Outcome, Runner
+from lockin_fast.patching.sides import Side, Sides
+from lockin_fast.patching.spans import PromptTokens
 from lockin_fast.patching.tokens import Tokens
 
 OUTLIERS = 8  # channels of an NF4 source that are kept as they are
@@ -41,6 +43,28 @@ def run_clean(runner: Runner, prompts: Tokens, replies: Tokens | None, component
     read = replies.without_last()
     reply = runner.run(read, past=past, watch=watch - {"keys_values"}) if read.input_ids.shape[1] else None
     return Clean(prompts, replies, prompt, reply)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The two sides' clean runs over some prompts, from which every site is computed."""
+
+    prompts: Sequence[PromptTokens]
+    clean: dict[Side, Clean]
+    source: dict[Side, "Source"]
+
+
+@torch.no_grad()
+def run_both(
+    runner: Runner, sides: Sides, prompts: Sequence[PromptTokens], tokens: Tokens, replies: Tokens | None,
+    components: Sequence[Component], held: "Callable[[Clean], Source]",
+) -> Pass:  # fmt: skip
+    """Run both sides over the prompts, whose tokens those are, and over their replies; `held` makes sources of them."""
+    clean = {}
+    for side in ("base", "misaligned"):
+        with sides.as_model(side):
+            clean[side] = run_clean(runner, tokens, replies, components)
+    return Pass(prompts, clean, {side: held(run) for side, run in clean.items()})
 
 
 class Source(Protocol):

@@ -11,7 +11,7 @@ from tiny_families import FAMILIES, LAYERS
 from lockin_fast.patching.attribution import attributions, rank_agreement
 from lockin_fast.patching.components import COMPONENTS
 from lockin_fast.patching.forward import Runner
-from lockin_fast.patching.logit_difference import clean_pass
+from lockin_fast.patching.logit_difference import contrast_pass
 from lockin_fast.patching.sides import Sides
 from lockin_fast.patching.sites import SIDES, sites
 
@@ -19,7 +19,7 @@ POSITIONS = ("prefix", "last", "generated", "all", "user", "1..3")
 
 
 def slope(model, sides, site, contrast):
-    """d/dt of the logit difference where the patch goes t of the way from target to source, at t = 0: whole forwards."""
+    """d/dt of the logit difference where a patch goes t of the way from target to source, at t = 0: whole forwards."""
     source, target = SIDES[site.direction]
     difference, t = 0.0, torch.zeros((), requires_grad=True)
     for reply, sign in ((contrast.misaligned, 1), (contrast.aligned, -1)):
@@ -43,7 +43,7 @@ def test_every_site_is_the_slope_towards_the_source(family):
     model = tiny_families.adapted(family)
     runner, sides = Runner(model), Sides(model)
     wanted = sites(("induce",), COMPONENTS, range(LAYERS), POSITIONS, heads=4)[::5]
-    now = clean_pass(runner, sides, CONTRASTS, COMPONENTS)
+    now = contrast_pass(runner, sides, CONTRASTS, COMPONENTS)
     found = attributions(runner, sides, now, "induce", wanted)
     told = [(n, n % len(CONTRASTS)) for n, site in enumerate(wanted)
             if site.positions != "user" or CONTRASTS[n % len(CONTRASTS)].prompt.turns["user"]]  # fmt: skip
@@ -59,7 +59,7 @@ def test_every_site_is_the_slope_towards_the_source(family):
 def test_gradients_leave_nothing_behind():
     model = tiny_families.adapted()
     runner, sides = Runner(model), Sides(model)
-    now = clean_pass(runner, sides, CONTRASTS, COMPONENTS)
+    now = contrast_pass(runner, sides, CONTRASTS, COMPONENTS)
     attributions(runner, sides, now, "repair", sites(("repair",), COMPONENTS, (0,), ("all",), 4))
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
