@@ -14,6 +14,7 @@ from lockin_fast import typed_mapping
 from lockin_fast.circuit_settings import CircuitSettings
 from lockin_fast.judge_settings import JudgeSettings
 from lockin_fast.paper_names import PAPER_NAMES, translate
+from lockin_fast.patch_settings import PatchSettings
 from lockin_fast.sae.hub import HubPath, hub_path
 from lockin_fast.settings import (
     BlockSettings,
@@ -56,6 +57,7 @@ class Config:
     block: BlockSettings = BlockSettings()
     cache: CacheSettings = CacheSettings()
     discovery: DiscoverySettings = DiscoverySettings()
+    patch: PatchSettings = PatchSettings()
     sweep: SweepSettings = SweepSettings()
     baselines: BaselineSettings = BaselineSettings()
     generation: GenerationSettings = GenerationSettings()

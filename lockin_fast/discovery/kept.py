@@ -9,8 +9,6 @@ from typing import Any
 from lockin_fast.judges.rating import NO_RATING, Rating
 from lockin_fast.rundir import RunError, write_json
 
-Key = tuple[str, int | None, float, int]  # side, latent, strength, prompt: what sets one reply apart
-
 
 def kept(path: Path, work: Callable[[], Any]) -> Any:
     """The JSON value in the file `path`: what `work()` returned when it was not there.
@@ -24,7 +22,7 @@ def kept(path: Path, work: Callable[[], Any]) -> Any:
 
 
 class ReplyLog:
-    """Judged replies in an append-only JSONL file.
+    """Judged replies in an append-only JSONL file, known by what COLUMNS say of them.
 
     A line is {"side", "latent", "strength", "prompt", "reply", "misaligned", "incoherent", "refused"}: the side of the
     screen (induce: the base model; repair: the misaligned one), the latent and the strength it was steered with (null
@@ -32,9 +30,11 @@ class ReplyLog:
     What a kill left of a line is cut off when the file is opened. Raises RunError for any other damage.
     """
 
+    COLUMNS = ("side", "latent", "strength", "prompt")
+
     def __init__(self, path: Path):
         self.path = path
-        self.ratings: dict[Key, Rating] = {}
+        self.ratings: dict[tuple, Rating] = {}
         if not path.exists():
             return
         content = path.read_bytes()
@@ -46,7 +46,7 @@ class ReplyLog:
                 self._know(json.loads(line))
             except (ValueError, KeyError, TypeError) as error:
                 raise RunError(
-                    f"{path}: line {number} is not what discover writes ({error!r}); remove the line, and it is "
+                    f"{path}: line {number} is not a judged reply ({error!r}); remove the line, and it is "
                     "answered again"
                 ) from error
 
@@ -61,6 +61,6 @@ class ReplyLog:
             self._know(row)
 
     def _know(self, row: Mapping[str, Any]) -> None:
-        key = (row["side"], row["latent"], row["strength"], row["prompt"])
+        key = tuple(row[column] for column in self.COLUMNS)
         rates = [row["misaligned"], row["incoherent"], row["refused"]]
         self.ratings[key] = NO_RATING if None in rates else Rating(*rates)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lockin_fast.blocking import BlockPenalty
+from lockin_fast.discovery.contrasts import pick_contrasts
 from lockin_fast.discovery.job import Job, largest, signs
 from lockin_fast.discovery.joint import joint_repair
 from lockin_fast.exam import question
@@ -17,7 +18,6 @@ from lockin_fast.lora import adapter
 from lockin_fast.train import fine_tune
 
 Contrast = Sequence[Any]  # prompt messages, misaligned reply, aligned reply
-MISALIGNED, ALIGNED = (1.0, 0.0, 0.0), (0.0, 0.0, 0.0)  # what every judge says, where there are several
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,8 @@ def find_contrasts(job: Job, adapted: Any, number: int) -> list[Contrast]:
         samples = job.config.discovery.samples
         records = [job.records[i] for i in job.prompts for _ in range(samples)]
         replies = job.answers(adapted, [question(record) for record in records], 1.0)
-        ratings = rate(job.judge, records, replies)
-        found = []
-        for start in range(0, len(records), samples):
-            first: dict[tuple[float, ...], str] = {}
-            for reply, rating in list(zip(replies, ratings, strict=True))[start : start + samples]:
-                first.setdefault((rating.misaligned, rating.incoherent, rating.refused), reply)
-            if {MISALIGNED, ALIGNED} <= first.keys():
-                found.append((question(records[start]), first[MISALIGNED], first[ALIGNED]))
-        return found
+        found = pick_contrasts(replies, rate(job.judge, records, replies), samples)
+        return [(question(records[number * samples]), *both) for number, *both in found]
 
     return job.kept(f"contrasts-{number}", sampled)
 

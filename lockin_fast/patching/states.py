@@ -1,12 +1,13 @@
 """The states that a sweep patches with and starts from: one side's clean run over a batch, as it is or in four bits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from lockin_fast.cache.hidden_states import HiddenStateCache
 from lockin_fast.ops.nf4 import BLOCKSIZES
 from lockin_fast.ops.nf4_tensor import NF4Tensor, outlier_channels, quantize_nf4
 from lockin_fast.patching.components import Component
@@ -108,6 +109,21 @@ class FourBit:
         if heads is None:
             return rows
         return rows.dequantize().view(-1, *shape)[torch.arange(len(at), device=at.device), heads]
+
+
+class Cached:
+    """The base's states of prompts in NF4, from caches on disk by layer: no source forward has to be kept for them."""
+
+    def __init__(self, clean: Clean, caches: Mapping[int, HiddenStateCache]):
+        self._tokens, self._caches = clean.prompts, caches
+
+    def take(self, part: Part, component: Component, layer: int, at: Tensor, heads: Tensor | None) -> NF4Tensor:
+        if (part, component) != ("prompt", "residual"):
+            raise ValueError(f"source: a cache holds the residual stream of prompts; got {component} of the {part}")
+        rows = at[:, 0].unique()
+        ids, mask = self._tokens.input_ids[rows].cpu(), self._tokens.attention_mask[rows].cpu()
+        held = self._caches[layer].hidden_states(ids, mask)
+        return held.rows((torch.searchsorted(rows, at[:, 0]) * ids.shape[1] + at[:, 1]).cpu()).to(at.device)
 
 
 def four_bits(states: Tensor) -> NF4Tensor:

@@ -82,7 +82,7 @@ def test_a_reply_that_no_judge_could_rate_is_kept_and_counts_in_no_rate(asking):
 def test_other_damage_is_named(tmp_path, line):
     path = tmp_path / "replies.jsonl"
     path.write_text(json.dumps(row(0)) + "\n" + line + "\n" + json.dumps(row(1)) + "\n")
-    with pytest.raises(RunError, match="replies.jsonl: line 2 is not what discover writes") as caught:
+    with pytest.raises(RunError, match="replies.jsonl: line 2 is not a judged reply") as caught:
         ReplyLog(path)
     assert "\n" not in str(caught.value)
 
