@@ -20,8 +20,8 @@ LAYERS = [
     {"cache", "quantized"},
     {
         "chat", "blocking", "lora", "train", "generation", "organism", "judges", "config", "inputs", "exam",
-        "steering", "discovery", "patching", "settings", "patch_settings", "judge_settings", "sweep_settings", "variants",
-        "paper_names",
+        "steering", "discovery", "patching", "settings", "patch_settings", "judge_settings", "sweep_settings",
+        "variants", "paper_names",
     },
     {"stacked"},
     {"sweep", "report", "monitor"},

@@ -13,6 +13,8 @@ from lockin_fast.patching.attribution import rank_agreement
 from lockin_fast.patching.reply_log import RATES, PatchLog
 from lockin_fast.patching.sites import SIDES, Site
 
+SURE = 2  # standard errors by which the sides have to differ
+
 
 def summarise(
     sites: Sequence[Site], found: Mapping[str, Any], log: PatchLog, prompts: int, replies: int
@@ -25,7 +27,8 @@ def summarise(
     sites: a row each: direction, component, layer, positions, head; difference (mean over contrasts of
     log p(misaligned) - log p(aligned), nats), error (its standard error), recovery, attribution (the estimate of the
     change of the difference), and the three rates of the replies. recovery = (patched - target) / (source - target):
-    0 for a patch that does nothing, 1 for one that makes the target say what the source says.
+    0 for a patch that does nothing, 1 for one that makes the target say what the source says; null where the two sides
+    do not surely differ.
     agreement: for each direction and component Spearman's rank correlation over its sites of attribution and change.
     latents: for each layer and position set the mean norm of misaligned - base, and the latents that change most.
     """
@@ -80,10 +83,13 @@ def _mean(values: Tensor) -> dict[str, float | None]:
 
 
 def _recovery(values: Tensor, source: Tensor, target: Tensor) -> float | None:
-    if not len(values):
+    """None where the sides differ by less than twice its standard error: a share of that would mean nothing."""
+    if len(values) < 2:
         return None
-    whole = (source.mean() - target.mean()).item()
-    return (values.mean() - target.mean()).item() / whole if whole else None
+    whole = source - target
+    if whole.mean().abs() <= SURE * whole.std() / math.sqrt(len(whole)):
+        return None
+    return ((values - target).mean() / whole.mean()).item()
 
 
 def _rates(ratings: Sequence[Rating]) -> dict[str, float | None]:
