@@ -22,6 +22,7 @@ EXTRAS = {
     "quantization": ("bitsandbytes",),
     "trl": ("trl",),
     "ray": ("ray",),
+    "lockin": ("scipy",),
 }
 MODULES = {"pyyaml": "yaml"}
 

@@ -24,6 +24,7 @@ LAYERS = [
         "variants", "paper_names",
     },
     {"stacked"},
+    {"lockin"},
     {"sweep", "report", "monitor"},
     {"caching"},
     {"plan"},
@@ -32,7 +33,7 @@ LAYERS = [
 ]
 HEAVY = {
     "transformers", "peft", "accelerate", "trl", "bitsandbytes", "triton", "ray", "matplotlib", "jinja2", "typer",
-    "rich",
+    "rich", "scipy", "ruptures",
 }  # fmt: skip
 BELOW_BLOCKING = {"kernels", "dispatch", "ops", "sae", "cache"}
 
