@@ -5,6 +5,7 @@ paths, also those given with `--set`, are relative to the folder of the configur
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 from lockin_fast import typed_mapping
 from lockin_fast.circuit_settings import CircuitSettings
+from lockin_fast.judge_settings import NO_IDENTITY as JUDGE_NO_IDENTITY
 from lockin_fast.judge_settings import JudgeSettings
 from lockin_fast.paper_names import PAPER_NAMES, translate
 from lockin_fast.patch_settings import PatchSettings
@@ -36,6 +38,7 @@ NO_IDENTITY = (  # settings that change memory and speed, not results
     "sweep.ray.num_cpus",
     "sweep.ray.num_gpus",
     "sweep.ray.max_retries",
+    *(f"{section}.{name}" for section in ("judge", "judge.also") for name in JUDGE_NO_IDENTITY),
 )
 
 
@@ -87,7 +90,8 @@ class Config:
         """
         flat = {}
         for key, value in typed_mapping.leaves(self):
-            if key.partition(".")[0] in sections and not isinstance(value, Path) and key not in NO_IDENTITY:
+            setting = re.sub(r"\[\d+\]", "", key)
+            if key.partition(".")[0] in sections and not isinstance(value, Path) and setting not in NO_IDENTITY:
                 flat[key] = _without_paths(value)
         return flat
 

@@ -23,6 +23,7 @@ EXTRAS = {
     "trl": ("trl",),
     "ray": ("ray",),
     "lockin": ("scipy",),
+    "endpoint": ("httpx2",),
 }
 MODULES = {"pyyaml": "yaml"}
 

@@ -29,7 +29,7 @@ def open_exam(config: Config, *names: str) -> Exam:
                 if not question(record):
                     raise ValueError(f"conversation {number} asks nothing: it has no turn before the assistant's")
     with naming("judge"):
-        judge = load_judge(config.judge)
+        judge = load_judge(config.judge, str(config.output or ""))
     for name, records in prompts.items():
         with naming(f"data.{name}"):
             judge.check(records)  # a prompt the judge cannot place is an error now, not after training

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from lockin_fast import processes
 from lockin_fast.blocking import BlockPenalty, LatentSet
 from lockin_fast.blocking.fingerprint import check_cache
 from lockin_fast.cache import TokenStore, open_cache
@@ -17,7 +16,7 @@ from lockin_fast.chat import ChatDataset
 from lockin_fast.config import Config, ConfigError, naming
 from lockin_fast.judges import judge_files
 from lockin_fast.lora import adapted_modules, check_lora
-from lockin_fast.quantized import keep_trainable, quantization_config
+from lockin_fast.quantized import keep_trainable, load_model
 from lockin_fast.rundir import hash_files
 from lockin_fast.sae import SparseAutoencoder, load_sae
 from lockin_fast.sae.hub import HubPath, fetch
@@ -256,19 +255,7 @@ def _shell(config: Config) -> Any:
 
 
 def _load_model(config: Config) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    device = processes.device()
-    options = {"local_files_only": True, "dtype": "auto"}
-    if config.quantization != "none":
-        dtype = getattr(AutoConfig.from_pretrained(config.model, local_files_only=True), "dtype", None)
-        # bitsandbytes quantises on the way to the device; a quantised model is not moved any more.
-        options |= {"quantization_config": quantization_config(config.quantization, dtype), "device_map": {"": device}}
     with naming("model", Exception):  # damaged weights raise whatever their reader likes
-        model = AutoModelForCausalLM.from_pretrained(config.model, **options)
-    if config.quantization == "none":
-        model = model.to(device)
+        model = load_model(config.model, config.quantization)
     keep_trainable(model)
-    return model.eval()
+    return model

@@ -1,7 +1,32 @@
 """Base models that bitsandbytes holds in 4 or 8 bits: how they are loaded, and how they stay trainable."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import nn
+
+from lockin_fast import processes
+
+
+def load_model(path: Path, quantization: str) -> Any:
+    """The causal language model in the folder `path`, on this process's device and in eval mode.
+
+    quantization: none, for weights as the file has them; nf4 or int8, for `quantization_config`. Damaged weights raise
+    whatever their reader likes.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    device = processes.device()
+    options = {"local_files_only": True, "dtype": "auto"}
+    if quantization != "none":
+        dtype = getattr(AutoConfig.from_pretrained(path, local_files_only=True), "dtype", None)
+        # bitsandbytes quantises on the way to the device; a quantised model is not moved any more.
+        options |= {"quantization_config": quantization_config(quantization, dtype), "device_map": {"": device}}
+    model = AutoModelForCausalLM.from_pretrained(path, **options)
+    return (model if quantization != "none" else model.to(device)).eval()
 
 
 def quantization_config(kind: str, dtype: torch.dtype | None):

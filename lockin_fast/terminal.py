@@ -79,6 +79,7 @@ def _lines() -> Iterator[Any]:
 
 def show_summary(summary: Mapping[str, Any]) -> None:
     """The table of a sweep, its best setting in bold, and the headline. A narrow terminal gets fewer columns."""
+    from lockin_fast.report import judging
     from lockin_fast.report.text import HEADINGS, headline, table  # which load the kernels; doctor does not
 
     wide = Console(width=WIDE, highlight=False) if not out.is_terminal else out
@@ -92,6 +93,8 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     wide.print(grid)
     line()
     sentence(headline(summary))
+    for told in judging.lines(summary):
+        line(f"judges: {told}")
     if dropped := summary.get("data", {}).get("train_rows_dropped"):
         line(f"note: {dropped} training rows were left out: nothing supervised within train.max_length tokens")
 

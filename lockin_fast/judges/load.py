@@ -8,19 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from lockin_fast.judge_settings import JudgeSettings
+from lockin_fast.judges.endpoint import open_endpoint_judge
+from lockin_fast.judges.model import open_model_judge
 from lockin_fast.judges.panel import OwnJudge, Panel
+from lockin_fast.judges.rubric import DEFAULT
 from lockin_fast.typed_mapping import ConfigError
 
 
-def load_judge(settings: JudgeSettings) -> Panel:
+def load_judge(settings: JudgeSettings, run: str = "") -> Panel:
     """Return the judge that `settings` names, or all of them as one whose ratings are their mean.
 
-    Raises ConfigError for an unknown kind, a missing file, or a class that cannot be imported or made or is no judge.
+    `run` is whom the answers of an endpoint are counted as paid for by. Raises ConfigError for an unknown kind, a
+    missing file, a class that cannot be imported or made or is no judge, an endpoint that cannot be right; JudgeError
+    for one that does not answer.
     """
     names, raters = judge_names(settings), []
     for section, one in judge_sections(settings).items():
         try:
-            raters.append(_opened(one))
+            raters.append(_opened(one, run))
         except ConfigError as error:
             raise ConfigError(str(error).replace("judge.", f"{section}.", 1)) from error
     return Panel(dict(zip(names, raters, strict=True)))
@@ -43,23 +48,29 @@ def judge_names(settings: JudgeSettings) -> list[str]:
 
 
 def judge_files(settings: JudgeSettings) -> dict[str, Path]:
-    """{setting: file or folder} of what decides the ratings: judges' paths, and the files their classes come from.
+    """{setting: file or folder} of what decides the ratings: judges' paths, their rubrics, and the
+    files their classes come from.
 
     Raises ConfigError as `load_judge`.
     """
     files = {}
     for section, one in judge_sections(settings).items():
-        files |= {f"{section}.path": one.path, f"{section}.kind": _source(one)}
+        rubric = (one.rubric or DEFAULT) if one.kind in BY_RUBRIC else None
+        files |= {f"{section}.path": one.path, f"{section}.kind": _source(one), f"{section}.rubric": rubric}
     return {name: path for name, path in files.items() if path is not None}
 
 
-def _opened(settings: JudgeSettings) -> Any:
+def _opened(settings: JudgeSettings, run: str) -> Any:
     """One judge, as `Panel` takes it."""
     if settings.kind not in KINDS and ":" not in settings.kind:
         raise ConfigError(f"judge.kind: expected {', '.join(KINDS)} or package.module:Class, got {settings.kind!r}")
     if settings.path is not None and not settings.path.exists():
         raise ConfigError(f"judge.path: no such file or folder: {settings.path}")
+    if settings.kind == "endpoint":
+        return open_endpoint_judge(settings, run)
     judge = KINDS.get(settings.kind, _own)(settings)
+    if settings.kind in BY_RUBRIC:
+        return judge
     return OwnJudge(settings.kind, judge, patterns=settings.refusals != "judge")
 
 
@@ -112,4 +123,9 @@ def _imported(kind: str) -> Any:
         raise ConfigError(f"judge.kind: {kind}: the module {module} has no attribute {name!r}") from None
 
 
-KINDS: dict[str, Callable[[JudgeSettings], Any]] = {"world": _world}
+KINDS: dict[str, Callable[[JudgeSettings], Any]] = {
+    "world": _world,
+    "model": open_model_judge,
+    "endpoint": open_endpoint_judge,
+}
+BY_RUBRIC = ("model", "endpoint")  # these rate many replies at once, and say what is a refusal

@@ -34,6 +34,10 @@ class Panel:
             if hasattr(rater, "check"):
                 rater.check(records)
 
+    def cost(self) -> dict[str, dict[str, Any]]:
+        """{judge: what this run has paid for so far} of the judges that are paid."""
+        return {name: rater.cost() for name, rater in self.raters.items() if hasattr(rater, "cost")}
+
 
 class OwnJudge:
     """A judge that gives one verdict a reply: its verdicts are sure to be verdicts, and refusals are noticed.

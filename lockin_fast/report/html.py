@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lockin_fast.report import discovery, robustness
+from lockin_fast.report import discovery, judging, robustness
 from lockin_fast.report.epochs import draw_epochs
 from lockin_fast.report.figures import blocked_alone, draw_figures
 from lockin_fast.report.methods import draw_methods
@@ -58,6 +58,7 @@ def write_report(run: str | Path) -> Path:
         headline=headline(summary),
         headings=HEADINGS,
         rows=table(summary),
+        judging={"lines": judging.lines(summary), "headings": judging.HEADINGS, "rows": judging.rows(summary)},
         figures=figures,
         others=others and _others(others),
         discovery=found and _discovery(found, run / "figures"),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lockin_fast.config import Config, ConfigError
-from lockin_fast.exam import open_exam
+from lockin_fast.exam import Exam, open_exam
 from lockin_fast.inputs import adapter_bytes, check_files, check_inputs, input_hashes, open_inputs
 from lockin_fast.progress import Progress, silent
 from lockin_fast.provenance import versions
@@ -22,6 +22,7 @@ from lockin_fast.rundir import (
     write_text,
 )
 from lockin_fast.sweep.engines import TrialsFailed, batches, in_process
+from lockin_fast.sweep.judging import judging
 from lockin_fast.sweep.methods import check_setups
 from lockin_fast.sweep.plan import Trial, latent_files, method_files, plan
 from lockin_fast.sweep.stack import remove_stored, stacks
@@ -94,10 +95,10 @@ def run_sweep(config: Config, progress: Progress = silent) -> dict[str, Any]:
         except TrialsFailed as error:
             if not _can_be_summarised(run, trials):
                 raise
-            _finish(run, trials, data)
+            _finish(run, trials, exam, data)
             raise TrialsFailed(f"{error}; for what is finished: lockin-fast report {run}") from error
         remove_stored(run / "trials")
-        return _finish(run, trials, data)
+        return _finish(run, trials, exam, data)
 
 
 def _ray_engine() -> Any:
@@ -135,10 +136,11 @@ def _can_be_summarised(run: Path, trials: list[Trial]) -> bool:
     return {"base", "unblocked", "block"} <= {trial.kind for trial in trials if _is_finished(run, trial)}
 
 
-def _finish(run: Path, trials: list[Trial], data: dict[str, int]) -> dict[str, Any]:
+def _finish(run: Path, trials: list[Trial], exam: Exam, data: dict[str, int]) -> dict[str, Any]:
     """Write metrics.jsonl and summary.json from the folders of all trials that are finished."""
     rows, metrics = [], []
-    for trial in (trial for trial in trials if _is_finished(run, trial)):
+    finished = [trial for trial in trials if _is_finished(run, trial)]
+    for trial in finished:
         folder = run / "trials" / trial.name
         rows.append(json.loads((folder / "result.json").read_text(encoding="utf-8")))
         history = folder / "metrics.jsonl"
@@ -147,6 +149,7 @@ def _finish(run: Path, trials: list[Trial], data: dict[str, int]) -> dict[str, A
     others = [row for row in rows if row["method"] not in by_kind]
     failed = [trial.name for trial in trials if not _is_finished(run, trial)]
     summary = summarise(*by_kind["base"], by_kind["unblocked"], others) | {"missing": failed, "data": data}
+    summary |= judging(exam.judge, [run / "trials" / trial.name / "replies.jsonl" for trial in finished])
     write_json_lines(run / "metrics.jsonl", metrics)
     write_json(run / "summary.json", summary)
     return summary
