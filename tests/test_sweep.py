@@ -308,7 +308,9 @@ BROKEN = {
     "all labels masked": ([], unanswered, "data.train: .*all labels are masked"),
     "cut to nothing": (["train.max_length=2"], None, "data.train: .*all labels are masked"),
     "no judge": (
-        ["judge.kind=oracle"], None, "judge.kind: expected world, model, endpoint, vowels or package.module:Class, got 'oracle'"),
+        ["judge.kind=oracle"], None,
+        "judge.kind: expected world, model, endpoint, vowels or package.module:Class, got 'oracle'",
+    ),
     "output is a file": (["output=config.yaml"], None, "output: .*config.yaml is a file"),
     "output below a file": (["output=config.yaml/run"], None, "output: .*cannot be written: Not a directory"),
 }  # fmt: skip
