@@ -41,7 +41,7 @@ def find_causal(job: Job, told: Sequence[Sequence[dict[str, str]]], repairs: set
     settings, model = job.config.discovery, job.inputs.model
     found: list[Found] = []
     for number in range(1, settings.rounds + 1):
-        name = f"joint repair, round {number} of {settings.rounds}"
+        name = _stage(job, number)
         count = (settings.latents - len(found)) // (settings.rounds - number + 1)
         source = settings.misaligned if number == 1 else _blocked_fine_tune(job, found, number - 1)
         with adapter(model, source) as adapted:
@@ -49,14 +49,18 @@ def find_causal(job: Job, told: Sequence[Sequence[dict[str, str]]], repairs: set
             if contrasts:
                 shift = job.shift(adapted, told, number, name)
                 pool = _pool(job, shift, found, repairs if number == 1 else None, count)
-                found += _joint_repair(job, adapted, contrasts, shift, pool, count, name)
+                found += _joint_repair(job, adapted, contrasts, shift, pool, count, number)
         if not contrasts:
             with adapter(model, settings.misaligned) as adapted:
                 shift, count = job.shift(adapted, told, 1, name), settings.latents - len(found)
                 pool = _pool(job, shift, found, repairs, count)
-                found += _joint_repair(job, adapted, find_contrasts(job, adapted, 1), shift, pool, count, name)
+                found += _joint_repair(job, adapted, find_contrasts(job, adapted, 1), shift, pool, count, number)
             break
     return found
+
+
+def _stage(job: Job, number: int) -> str:
+    return f"joint repair, round {number} of {job.config.discovery.rounds}"
 
 
 def find_contrasts(job: Job, adapted: Any, number: int) -> list[Contrast]:
@@ -87,8 +91,10 @@ def _pool(job: Job, shift: Tensor, found: Sequence[Found], repairs: set[int] | N
 
 
 def _joint_repair(
-    job: Job, adapted: Any, contrasts: Sequence[Contrast], shift: Tensor, pool: list[int], count: int, name: str
+    job: Job, adapted: Any, contrasts: Sequence[Contrast], shift: Tensor, pool: list[int], count: int, number: int
 ) -> list[Found]:
+    """`count` latents of the pool for round `number`, by what is known of the model `adapted`."""
+
     def chosen() -> list[dict[str, Any]]:
         rows = joint_repair(
             adapted,
@@ -99,11 +105,11 @@ def _joint_repair(
             layer=job.config.block.layer,
             count=count,
             batch_size=job.config.generation.batch_size,
-            step_done=job.stage(name),
+            step_done=job.stage(_stage(job, number)),
         )
         return [dataclasses.asdict(Found(pool[row], shift[pool[row]].item(), gain)) for row, gain in rows]
 
-    return [Found(**row) for row in job.kept(name.replace(", ", "-").replace(" ", "-"), chosen)]
+    return [Found(**row) for row in job.kept(f"causal-{number}", chosen)]
 
 
 def _blocked_fine_tune(job: Job, found: Sequence[Found], number: int) -> Path:
