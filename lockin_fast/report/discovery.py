@@ -5,6 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lockin_fast.report.pareto import CAPTION as PARETO_CAPTION
+from lockin_fast.report.pareto import draw_pareto
+from lockin_fast.report.screening import draw_screening, screening_caption
+from lockin_fast.report.strengths import best_latents, draw_strengths, strengths_caption
 from lockin_fast.report.style import GRID, INK, KNOWN, MUTED, percent_axis, save_figure, short_number
 from lockin_fast.report.text import percent, points
 from lockin_fast.rundir import RunError
@@ -18,20 +22,39 @@ Discovery = Mapping[str, Any]
 
 
 def read_discovery(run: Path) -> dict[str, Any] | None:
-    """Return what discovery left in `run`: {"pool": rows, "causal": rows, "top-delta": indices}; None without it."""
+    """Return what discovery left in `run`: discovery.json and {"sets": {name: latents}}; None without it.
+
+    What a discovery without stage 3 or of an earlier version has not written is empty.
+    """
     if not (run / FILE).exists():
         return None
     try:
         found = json.loads((run / FILE).read_text(encoding="utf-8"))
-        top = run / "latents" / "top-delta.json"
-        chosen = json.loads(top.read_text(encoding="utf-8")) if top.exists() else {"positive": [], "negative": []}
+        sets = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in run.glob("latents/*.json")}
+        empty = {"screen": [], "calibration": [], "calibrated": [], "incoherence_budget": None}
         return {
+            **{key: found.get(key, nothing) for key, nothing in empty.items()},
             "pool": found["pool"],
             "causal": found["causal"],
-            "top-delta": [*chosen["positive"], *chosen["negative"]],
+            "sets": {name: [*each["positive"], *each["negative"]] for name, each in sets.items()},
         }
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
         raise RunError(f"{run / FILE}: not what discover writes ({error!r}); run discover again") from error
+
+
+def section(discovery: Discovery, summary: Mapping[str, Any] | None, folder: Path) -> dict[str, Any]:
+    """What the page shows of it, with the figures written into `folder`: those that there are results for.
+
+    summary: of the sweep that compared the sets, None without one.
+    """
+    figures = [(draw_discovery(discovery, folder), caption(discovery))]
+    if discovery["screen"]:
+        figures.append((draw_screening(discovery, folder), screening_caption(discovery)))
+    if best_latents(discovery):
+        figures.append((draw_strengths(discovery, folder), strengths_caption(discovery)))
+    if summary and summary["baseline"]["em"]:
+        figures.append((draw_pareto(summary, folder), PARETO_CAPTION))
+    return {"figures": figures, "headings": HEADINGS, "rows": rows(discovery), "count": len(discovery["causal"])}
 
 
 def rows(discovery: Discovery) -> list[tuple[str, ...]]:
@@ -67,7 +90,7 @@ def caption(discovery: Discovery) -> str:
         "found; it is chosen as a group, so some members do little alone. Orange: the largest shifts, many of which do "
         "nothing.",
         f"Causal latents outside this pool, found in a later round: {outside} of {len(causal)}." if outside else "",
-        "No single latent makes the base model misaligned when it is steered along it."
+        "At the strengths of the screen, no single latent makes the base model misaligned when it is steered along it."
         if best <= 0
         else f"Steered along one latent, the base model gives up to {percent(best)} misaligned replies.",
     ]
@@ -107,7 +130,7 @@ def _draw_panel(axes: Any, discovery: Discovery, key: str, *, numbered: bool = F
 
     pool = [row for row in discovery["pool"] if row["shift"]]
     rank = {row["latent"]: number for number, row in enumerate(discovery["causal"], 1)}
-    top = set(discovery["top-delta"])
+    top = set(discovery["sets"].get("top-delta", ()))
     causal = [row for row in pool if row["latent"] in rank]
     groups = (
         ("other latents of the pool", [r for r in pool if r["latent"] not in rank.keys() | top], "#cbd2d9", "o", 30),

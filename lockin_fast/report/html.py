@@ -61,7 +61,7 @@ def write_report(run: str | Path) -> Path:
         judging={"lines": judging.lines(summary), "headings": judging.HEADINGS, "rows": judging.rows(summary)},
         figures=figures,
         others=others and _others(others),
-        discovery=found and _discovery(found, run / "figures"),
+        discovery=found and _discovery(found, summary, run / "figures"),
         samples=_samples(run, summary),
         best=summary["best"],
         baseline=summary["baseline"],
@@ -101,14 +101,10 @@ def _others(comparison: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _discovery(found: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    return {
-        "figure": _encoded(discovery.draw_discovery(found, folder)),
-        "caption": discovery.caption(found),
-        "headings": discovery.HEADINGS,
-        "rows": discovery.rows(found),
-        "count": len(found["causal"]),
-    }
+def _discovery(found: Mapping[str, Any], summary: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    section = discovery.section(found, summary, folder)
+    figures = [{"name": path.stem, "data": _encoded(path), "caption": caption} for path, caption in section["figures"]]
+    return section | {"figures": figures}
 
 
 def _encoded(path: Path) -> str:

@@ -93,3 +93,45 @@ def made_discovery(folder, *, induces=0.0):
     (folder / "discovery.json").write_text(json.dumps({"pool": pool, "causal": causal}))
     (folder / "latents").mkdir()
     (folder / "latents" / "top-delta.json").write_text(json.dumps({"positive": [100, 102], "negative": [101]}))
+
+
+BUDGET = 0.1
+
+
+def with_screen(folder, *, calibrated=False):
+    """What the screen, and with `calibrated` stage 3, measured, added to what `made_discovery` wrote.
+
+    Latent 100 + i induces and repairs strength * i / 12, and is incoherent from a strength of 1 on; 103 always is.
+    """
+    found = json.loads((folder / "discovery.json").read_text())
+
+    def rows(latents, strengths):
+        def rate(side, k, strength):
+            effect = strength * (k - 100) / 12
+            misaligned = 0.9 - 0.5 * effect if side == "repair" else 0.25 * effect
+            incoherent = 0.5 if strength >= 1 or k == 103 else 0.05
+            return {"latent": k, "side": side, "strength": strength, "misaligned": misaligned, "incoherent": incoherent,
+                    "refused": 0.0}  # fmt: skip
+
+        plain = {"latent": None, "strength": 0.0, "incoherent": 0.0, "refused": 0.0}
+        return [
+            row for side in ("induce", "repair") for row in (
+                plain | {"side": side, "misaligned": 0.9 if side == "repair" else 0.0},
+                *(rate(side, k, strength) for k in latents for strength in strengths),
+            )
+        ]  # fmt: skip
+
+    found |= {"screen": rows(range(100, 112), (0.4, 1.2)), "incoherence_budget": BUDGET}
+    if calibrated:
+        shortlist = (111, 108, 104, 103, 100)
+        found["calibration"] = rows(shortlist, (0.4, 0.8, 1.2))
+        found["calibrated"] = [
+            {"latent": k, "alpha_ind": None if k == 103 else 0.8, "alpha_rep": None if k == 103 else 0.8,
+             "induced": 0.0 if k == 103 else (k - 100) / 60, "repaired": 0.0 if k == 103 else (k - 100) / 30,
+             "reduction": None if k == 103 else (k - 100) / 30}
+            for k in shortlist
+        ]  # fmt: skip
+        sets = {"positive": [111, 104], "negative": [108]}
+        (folder / "latents" / "valid-reduc.json").write_text(json.dumps(sets))
+        (folder / "latents" / "causal.json").write_text(json.dumps({"positive": [104], "negative": [100, 7, 106]}))
+    (folder / "discovery.json").write_text(json.dumps(found))

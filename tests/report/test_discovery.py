@@ -50,7 +50,7 @@ def test_what_induces_gets_a_panel(tmp_path, monkeypatch):
 
 def test_the_caption_counts_what_the_figure_cannot_show(found):
     assert "one of the 12 SAE latents" in caption(found) and "1 of 4" in caption(found)
-    assert "No single latent makes the base model misaligned" in caption(found)
+    assert "no single latent makes the base model misaligned" in caption(found)
 
 
 def test_the_table_has_the_causal_latents_in_order(found):
@@ -67,7 +67,7 @@ def test_the_report_shows_it_and_does_without(tmp_path):
     assert "Which latents carry it" not in text and text.count("<img") == 2
     made_discovery(tmp_path)
     text = write_report(tmp_path).read_text()
-    assert "Which latents carry it" in text and text.count("<img") == 3 and "<td>104</td>" in text
+    assert "Which latents carry it" in text and text.count("<img") == 4 and "<td>104</td>" in text
     assert (tmp_path / "figures" / "discovery.png").stat().st_size > 10_000
 
 
