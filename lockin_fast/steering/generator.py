@@ -2,18 +2,20 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lockin_fast.generation import decoding, generating, tokenised
-from lockin_fast.ops.steer import steer_
-from lockin_fast.steering.flight import Flight, Limits, Prompts, Said, Wanted, fill, steering_tensors
+from lockin_fast.steering.flight import Flight, Limits, Said
 from lockin_fast.steering.hook import generate_by_hook
-from lockin_fast.steering.key_values import KeyValues
-from lockin_fast.steering.rows import SteeredRow, Work, check_request
+from lockin_fast.steering.prompts import DRAFT_TOKENS, Prompts, batches, prefix_above, prompts_below
+from lockin_fast.steering.rows import SteeredRow, Wanted, Work, check_request
 from lockin_fast.steering.split import SplitModel, why_not_split
+
+DRAFT_PAYS = 4  # rows a prompt from which on a reply more is worth its cost
 
 Chat = Sequence[Mapping[str, str]]
 Done = Callable[[Mapping[int, str]], None]
@@ -106,70 +108,44 @@ class SteeredGenerator:
         ids, by_length = tokenised(self._tokenizer, [prompts[number] for number in numbers])
         ids, numbers = [ids[n] for n in by_length], [numbers[n] for n in by_length]
         place = {number: n for n, number in enumerate(numbers)}
-        by_steering: dict[tuple[int, float], list[Wanted]] = {}
-        for row in wanted:
-            by_steering.setdefault(row[1:], []).append(row._replace(prompt=place[row.prompt]))
-        shared = common_beginning(ids) if len(by_steering) < len(wanted) else 0
-
+        mine = [row._replace(prompt=place[row.prompt]) for row in wanted]
         config = decoding(self._model, self._tokenizer, self._max_new_tokens, 0.0)
         ends = [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id or ()
         limits = Limits(frozenset(ends), self._max_new_tokens, self._batch_size)
         with generating(self._model, config, seed=0):
             split = SplitModel(self._model, self._layer)
-            directions = self._directions.to(split.device)
-            states = self._prompts_below(split, ids, shared)
-            flight = Flight(split, states, directions, limits, self.work)
-            for steerings in _batches(list(by_steering), self._batch_size):
-                prefix = self._prefix_above(split, states, directions, steerings)
-                slot = {steering: n for n, steering in enumerate(steerings)}
-                rows = sorted(row for steering in steerings for row in by_steering[steering])
-                while rows:
-                    while flight.free < min(len(rows), -(-self._batch_size // 4)):  # few at a time cost as much as many
-                        yield from _numbered(flight.step(), numbers)
-                    newcomers, rows = rows[: flight.free], rows[flight.free :]
-                    flight.admit(newcomers, prefix, [slot[row[1:]] for row in newcomers])
-            while len(flight):
-                yield from _numbered(flight.step(), numbers)
+            states = prompts_below(split, ids, self._batch_size)
+            self.work.prompt_below += sum(map(len, ids))
+            if len(mine) >= DRAFT_PAYS * len(ids):
+                self._draft(split, states, limits)
+            for said, rows in self._finished(split, states, mine, limits):
+                yield said.tokens, [row._replace(prompt=numbers[row.prompt]) for row in rows]
 
-    def _prompts_below(self, split: SplitModel, ids: Sequence[list[int]], shared: int) -> Prompts:
-        """The prompts, longest first, through the layers below. Padding stands on the right, where nothing reads it."""
-        cache, hidden = KeyValues(len(ids), len(ids[0])), None
-        for numbers in _batches(range(len(ids)), self._batch_size):
-            longest = len(ids[numbers[0]])
-            slots = slice(numbers[0], numbers[-1] + 1)
-            batch = torch.tensor([ids[n] + [0] * (longest - len(ids[n])) for n in numbers], device=split.device)
-            positions = torch.arange(longest, device=split.device)[None]
-            found = split.below(batch, positions, cache.write_next(slots, 0, longest))
-            if hidden is None:
-                hidden = found.new_zeros(len(ids), longest, found.shape[2])
-            hidden[slots, :longest] = found
-        self.work.prompt_below += sum(map(len, ids))
-        return Prompts(ids, hidden, cache, shared)
+    def _draft(self, split: SplitModel, prompts: Prompts, limits: Limits) -> None:
+        """Give every prompt the beginning of the reply that is not steered, and let the layers below read it."""
+        alone = [Wanted(number, -1, 0.0) for number in range(len(prompts.ids))]
+        short = replace(limits, max_new_tokens=min(limits.max_new_tokens, DRAFT_TOKENS))
+        drafts = {said.prompt: said.tokens for said, _ in self._finished(split, prompts, alone, short)}
+        prompts.drafts = [drafts[number] for number in range(len(prompts.ids))]
+        self.work.text_below += prompts.read_drafts(split, self._batch_size)
 
-    def _prefix_above(
-        self, split: SplitModel, prompts: Prompts, directions: Tensor, steerings: Sequence[tuple[int, float]]
-    ) -> KeyValues:
-        """Keys and values of the layers above for the tokens that all prompts begin with, a slot a steering."""
-        cache = KeyValues(len(steerings), prompts.shared)
-        if prompts.shared and not split.nothing_above:
-            hidden = prompts.hidden[:1, : prompts.shared].repeat(len(steerings), 1, 1)
-            steer_(hidden, directions, *steering_tensors(steerings, split.device))
-            fill(split, hidden, cache, slice(0, len(steerings)), 0)
-            self.work.prompt_above += len(steerings) * prompts.shared
-        return cache
-
-
-def common_beginning(ids: Sequence[list[int]]) -> int:
-    """How many tokens all of `ids` begin with, at most all but the last of the shortest."""
-    shortest = min(map(len, ids)) - 1
-    return next((n for n in range(shortest) if len({row[n] for row in ids}) > 1), shortest)
-
-
-def _batches(items: Sequence, size: int) -> list[Sequence]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def _numbered(finished: Sequence[tuple[Said, list[Wanted]]], numbers: Sequence[int]) -> Iterator:
-    """The same with the caller's numbers of the prompts."""
-    for said, rows in finished:
-        yield said.tokens, [row._replace(prompt=numbers[row.prompt]) for row in rows]
+    def _finished(
+        self, split: SplitModel, prompts: Prompts, wanted: Sequence[Wanted], limits: Limits
+    ) -> Iterator[tuple[Said, list[Wanted]]]:
+        directions = self._directions.to(split.device)
+        flight = Flight(split, prompts, directions, limits, self.work)
+        by_steering: dict[tuple[int, float], list[Wanted]] = {}
+        for row in wanted:
+            by_steering.setdefault(row.steering, []).append(row)
+        for steerings in batches(list(by_steering), max(1, limits.rows // len(prompts.shared))):
+            rows = [row for steering in steerings for row in by_steering[steering]]
+            rows.sort(key=lambda row: (prompts.family[row.prompt], row))
+            prefix = prefix_above(split, prompts, directions, rows)
+            self.work.prompt_above += prefix.tokens
+            while rows:
+                while flight.free < min(len(rows), -(-limits.rows // 4)):  # few at a time cost as much as many
+                    yield from flight.step()
+                newcomers, rows = rows[: flight.free], rows[flight.free :]
+                yield from flight.admit(newcomers, prefix)
+        while len(flight):
+            yield from flight.step()

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -29,15 +29,28 @@ class SteeredRow:
         return self.direction, float(self.coefficient)
 
 
+class Wanted(NamedTuple):
+    """A reply to be made, among prompts that are asked about."""
+
+    prompt: int
+    direction: int
+    coefficient: float
+
+    @property
+    def steering(self) -> tuple[int, float]:
+        """(direction, coefficient)."""
+        return self[1:]
+
+
 @dataclass
 class Work:
     """How much was computed, in tokens; padding is not counted. "Below" is layers 0 to the steered one.
 
     prompt_below: prompt tokens through the layers below. prompt_above: the same through those above, where every
-    steering has its own; a prompt's last token counts as its replies' first step. text_below: tokens said, through the
-    layers below, one for all rows that have said the same to the same prompt. row_above: tokens of single rows through
-    the layers above and the unembedding. steps: forwards that gave tokens. fallback: why the model could not be split
-    at the steered layer, None when it was; nothing is counted then.
+    steering has its own; a prompt's last token counts as its reply's first. text_below: tokens of replies and drafts
+    through the layers below, one for all rows that have said the same to the same prompt. row_above: those of single
+    rows through the layers above and the unembedding. steps: forwards that gave tokens. fallback: why the model could
+    not be split at the steered layer, None when it was; nothing is counted then.
     """
 
     prompt_below: int = 0

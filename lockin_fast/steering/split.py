@@ -72,12 +72,12 @@ class SplitModel:
         return self._found
 
     def above(self, hidden: Tensor, positions: Tensor, cache: KeyValues) -> Tensor | None:
-        """Logits [n, V] of the last token, given the states [n, S, d] after `layer`; None when the cache stops it."""
+        """Logits [n, S, V], given the states [n, S, d] after `layer`; None when the cache stops it."""
         self._given = hidden
         ids = torch.zeros(1, hidden.shape[1], dtype=torch.int64, device=self.device)  # embedded, and not looked at
         output = self._run(ids, positions, cache)
         self._given = None
-        return None if output is None else output.logits[:, -1]
+        return None if output is None else output.logits
 
     def _run(self, ids: Tensor, positions: Tensor, cache: KeyValues) -> Any:
         window = getattr(self._config, "sliding_window", None)

@@ -22,7 +22,8 @@ from steered_requests import (
 
 from lockin_fast.blocking.layers import decoder_layer
 from lockin_fast.steering import SteeredGenerator, SteeredRow, generate_by_hook, generate_steered, steered
-from lockin_fast.steering.flight import Wanted
+from lockin_fast.steering.prompts import families
+from lockin_fast.steering.rows import Wanted
 
 
 def by_hook(model, rows, layer=1, *, prompts=PROMPTS, vectors=None, new_tokens=NEW_TOKENS):
@@ -168,7 +169,7 @@ def test_in_16_bits_every_token_is_the_best_but_for_rounding(dtype):
     rows = every_row(count=2)
     generator = SteeredGenerator(rounded, tokenizer, directions(), layer=1, max_new_tokens=NEW_TOKENS, batch_size=7)
     said = generator._replies(PROMPTS, [Wanted(row.prompt, *row.steering) for row in rows])
-    replies = {row: tokens for tokens, rows in said for row in rows}
+    replies = {row: list(tokens) for tokens, rows in said for row in rows}
     for row in rows:
         tokens = replies[Wanted(row.prompt, *row.steering)]
         wanted, had = logits_along(exact, row, tokens), logits_along(rounded, row, tokens)
@@ -178,7 +179,9 @@ def test_in_16_bits_every_token_is_the_best_but_for_rounding(dtype):
 
 
 def test_every_piece_of_work_is_done_once(model):
-    """Counted on the model's own modules: tokens through the MLPs of a layer below and of the first one above."""
+    """Counted on the model's own modules: tokens through the MLPs of the layer below and of both above."""
+    endless = copy.deepcopy(model)
+    endless.generation_config.eos_token_id = 999
     prompts = [[{"role": "user", "content": f"w1 w2 w{n}"}] for n in range(3, 9)]  # no padding blurs the count
     rows = [SteeredRow(p, k, c) for k in range(4) for c in (0.01, -0.01) for p in range(len(prompts))]
     tokens = [0] * LAYERS
@@ -189,21 +192,42 @@ def test_every_piece_of_work_is_done_once(model):
 
         return see
 
-    tokenizer = tiny_llama.tokenizer()
-    handles = [model.model.layers[n].mlp.register_forward_hook(count(n)) for n in range(LAYERS)]
-    generator = SteeredGenerator(model, tokenizer, directions(), layer=0, max_new_tokens=NEW_TOKENS, batch_size=48)
+    for layer in range(LAYERS):
+        endless.model.layers[layer].mlp.register_forward_hook(count(layer))
+    generator = SteeredGenerator(
+        endless, tiny_llama.tokenizer(), directions(), layer=0, max_new_tokens=NEW_TOKENS, batch_size=48
+    )
     replies = generator(prompts, rows)
-    for handle in handles:
-        handle.remove()
-    length, work = 5, generator.work  # <user> w1 w2 wN <assistant>
-    assert len(set(replies)) <= len(prompts)  # steered so little that all rows of a prompt say the same
+    assert len(set(replies)) == len(set(replies[: len(prompts)]))  # steered so little that all say the same
+    length, shared, work = 5, 3, generator.work  # <user> w1 w2 wN <assistant>
+    drafted = len(prompts) * NEW_TOKENS
     assert work.prompt_below == length * len(prompts)
+    assert work.text_below == 2 * len(prompts) * (NEW_TOKENS - 1)  # the drafts: made, then read for all rows
     assert tokens[0] == work.prompt_below + work.text_below
-    assert work.text_below == work.row_above // 8 - len(prompts)  # one for eight steerings; the first step has none
-    common = 3  # <user> w1 w2
-    assert work.prompt_above == 8 * common + len(rows) * (length - 1 - common)
+    assert work.prompt_above == (1 + 8) * shared + (len(prompts) + len(rows)) * (length - 1 - shared)
+    assert work.row_above == drafted + len(rows) * NEW_TOKENS
     assert tokens[1] == work.prompt_above + work.row_above
     assert tokens[2] == work.row_above  # of the prompt, the last layer computes keys and values alone
+
+
+@pytest.mark.parametrize(("ids", "expected"), [
+    ([[1, 2, 3]], [[0]]),
+    ([[1, 2, 3, 4], [1, 2, 3, 5]], [[0, 1]]),
+    ([[1, 2, 3], [4, 5, 6]], [[0, 1]]),
+    ([[7, 1, 2, 3, n] for n in range(4)] + [[7, 4, 5, 6, n] for n in range(4)], [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ([[7, 1, 2, 8, 9, n, m] for n in range(2) for m in range(3)], [[0, 1, 2, 3, 4, 5]]),
+    ([[1], [1, 2]], [[0, 1]]),
+])  # fmt: skip
+def test_prompts_of_a_family_share_what_saves_tokens(ids, expected):
+    assert families(ids) == expected
+
+
+def test_prompts_of_several_families(model):
+    texts = [f"w{n} w{n} w{n} w{n} w{m}" for n in (1, 2, 3) for m in range(10, 14)] + ["w1 w5", "w2"]
+    prompts = [[{"role": "user", "content": text}] for text in texts]
+    rows = [SteeredRow(p, k, c) for k in range(3) for c in (4.0, -8.0) for p in range(len(prompts)) if (p + k) % 5]
+    for batch_size in (2, 11, 200):
+        assert shared(model, rows, prompts=prompts, batch_size=batch_size) == by_hook(model, rows, prompts=prompts)
 
 
 def test_what_is_complete_is_told_at_once(model):
