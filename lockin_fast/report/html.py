@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lockin_fast.report import discovery, judging, robustness
+from lockin_fast.report import circuits, discovery, judging, robustness
 from lockin_fast.report.epochs import draw_epochs
 from lockin_fast.report.figures import blocked_alone, draw_figures
 from lockin_fast.report.methods import draw_methods
@@ -46,6 +46,7 @@ def write_report(run: str | Path) -> Path:
     summary = robustness.read_summary(run)
     found = discovery.read_discovery(run)
     others = robustness.stored(run)
+    heads = circuits.read_circuits(run)
     figures = [
         {"name": path.stem, "data": _encoded(path), "caption": CAPTIONS[path.stem]}
         for path in [
@@ -62,6 +63,7 @@ def write_report(run: str | Path) -> Path:
         figures=figures,
         others=others and _others(others),
         discovery=found and _discovery(found, summary, run / "figures"),
+        circuits=heads and _circuits(heads, run / "figures"),
         samples=_samples(run, summary),
         best=summary["best"],
         baseline=summary["baseline"],
@@ -105,6 +107,15 @@ def _discovery(found: Mapping[str, Any], summary: Mapping[str, Any], folder: Pat
     section = discovery.section(found, summary, folder)
     figures = [{"name": path.stem, "data": _encoded(path), "caption": caption} for path, caption in section["figures"]]
     return section | {"figures": figures}
+
+
+def _circuits(found: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    captions = circuits.captions(found)
+    paths = circuits.draw_circuits(found, folder)
+    return {
+        "verdict": circuits.verdict(found),
+        "figures": [{"name": path.stem, "data": _encoded(path), "caption": captions[path.stem]} for path in paths],
+    }
 
 
 def _encoded(path: Path) -> str:
