@@ -81,11 +81,19 @@ def organism(
 
 @app.command(epilog="Example: lockin-fast discover organisms/seed0/config.yaml --set output=runs/first")
 def discover(config: ConfigFile, set_: Overrides = None) -> None:
-    """Find the latents that carry emergent misalignment; write causal, top-delta and random sets as JSON."""
+    """Find the latents that carry emergent misalignment; write causal, top-delta and random sets as JSON.
+
+    With --set discovery.stage=shift: only the shift of every latent, as a table; under torchrun by all processes.
+    """
     from lockin_fast.discovery import discover as run
 
+    settings = _load(config, set_)
     with terminal.shown_progress() as progress:
-        files = run(_load(config, set_), progress)
+        files = run(settings, progress)
+    if settings.discovery.stage == "shift":
+        terminal.show_shift(files["shift"])
+        processes.part()
+        return
     terminal.show_values(files)
     terminal.line(f"next: {_sweep(config, set_)}")
 
@@ -227,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [word for word in arguments if word != "--debug"] or ["--help"]
     terminal.out.quiet = not processes.is_first()
     try:
-        if processes.count() > 1 and words[0] not in ("train", "cache"):
+        if processes.count() > 1 and words[0] not in ("train", "cache", "discover"):
             raise ValueError(f"{words[0]}: runs in one process; torchrun is for train and cache, Ray for a sweep")
         status = app(words, prog_name="lockin-fast", standalone_mode=False) or 0
         if status == INTERRUPTED:  # typer turns Ctrl-C into a status

@@ -29,7 +29,8 @@ from lockin_fast.sweep_settings import BaselineSettings, SweepSettings
 from lockin_fast.train import LoraSettings, TrainSettings
 from lockin_fast.typed_mapping import ConfigError
 
-NO_IDENTITY = (  # settings that change memory and speed, not results
+NO_IDENTITY = (  # settings that change memory and speed, or how far a run goes, not results
+    "discovery.stage",
     "train.micro_batch_size",
     "train.gradient_checkpointing",
     "circuits.batch_size",

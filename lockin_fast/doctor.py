@@ -24,6 +24,7 @@ EXTRAS = {
     "ray": ("ray",),
     "lockin": ("scipy",),
     "endpoint": ("httpx2",),
+    "tables": ("pyarrow",),
 }
 MODULES = {"pyyaml": "yaml"}
 

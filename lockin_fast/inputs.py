@@ -177,6 +177,15 @@ def open_sae(config: Config) -> SparseAutoencoder:
         return load_sae(sae_path(config))
 
 
+def sae_for(config: Config, path: HubPath | Path, layer: int) -> SparseAutoencoder:
+    """The whole SAE at `path`, which reads decoder layer `layer`. Raises ValueError where it does not fit the model."""
+    shape, _ = _shape_and_tokenizer(config)
+    if layer >= shape.num_hidden_layers:
+        raise ValueError(f"layer {layer}: expected 0 to {shape.num_hidden_layers - 1}, counted from 0")
+    _check_width(path, load_sae(path, latents=[0]), shape)
+    return load_sae(path)
+
+
 def adapter_bytes(inputs: Inputs) -> int:
     """Size on disk of one adapter with the configured LoRA, to within its small files."""
     lora = inputs.config.lora
@@ -210,12 +219,16 @@ def _check_sae(config: Config, shape: Any) -> SparseAutoencoder:
         )
     with naming("sae"):
         first = load_sae(sae_path(config), latents=[0])
-        if first.d_model != shape.hidden_size:
-            raise ValueError(
-                f"{config.sae} reads hidden states of width {first.d_model}, but the model's are "
-                f"{shape.hidden_size} wide; give the SAE that was trained on this model"
-            )
+        _check_width(config.sae, first, shape)
     return first
+
+
+def _check_width(path: HubPath | Path, sae: SparseAutoencoder, shape: Any) -> None:
+    if sae.d_model != shape.hidden_size:
+        raise ValueError(
+            f"{path} reads hidden states of width {sae.d_model}, but the model's are {shape.hidden_size} wide; give "
+            "the SAE that was trained on this model"
+        )
 
 
 def _sae_rows(config: Config, sets: Mapping[str, LatentSet], shape: Any) -> SparseAutoencoder:

@@ -1,5 +1,6 @@
 """The processes that torchrun or accelerate started for one run: this one's place among them, and waiting for all."""
 
+import datetime
 import os
 
 import torch
@@ -10,9 +11,14 @@ def count() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def rank() -> int:
+    """Which of them this process is, from 0 on."""
+    return int(os.environ.get("RANK", 0)) if count() > 1 else 0
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes and prints."""
-    return count() == 1 or int(os.environ.get("RANK", 0)) == 0
+    return rank() == 0
 
 
 def device() -> str:
@@ -38,6 +44,12 @@ def wait_for_all() -> None:
     """Return when every process has come here; at once where there is one, or where they have not met yet."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def meet() -> None:
+    """Join the group of processes that wait for each other on the CPU, for as long as their work may take."""
+    if count() > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
 
 
 def part() -> None:

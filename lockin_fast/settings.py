@@ -1,6 +1,7 @@
 """The sections of a configuration that are no one else's: data, blocking, cache, discovery, replies."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -68,6 +69,9 @@ class DiscoverySettings:
     shortlist, at all of `calibration_strengths` (grid) or by halving their range (bisection). The `causal` set does
     without, so none is the default; it can be asked for after the rest, and finds the set valid-reduc.
     shortlist: the best latents of stage 2, by induced and repaired misalignment, that are calibrated.
+
+    stage: all, or shift for the first alone: the shift of every latent, with its error, as a table. Under torchrun the
+    processes share that one. saes: {layer: SAE} of more layers whose latents' shift is measured in the same pass.
     """
 
     misaligned: Path | None = None
@@ -83,6 +87,8 @@ class DiscoverySettings:
     calibration: Literal["none", "grid", "bisection"] = "none"
     calibration_strengths: tuple[float, ...] = tuple(i / 10 for i in range(1, 16))
     shortlist: int = 80
+    stage: Literal["all", "shift"] = "all"
+    saes: Mapping[str, Path] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         for name, valid, expected in (
@@ -103,6 +109,7 @@ class DiscoverySettings:
             ("prompts", self.prompts is None or self.prompts >= 1, "1 or more, or null for all"),
             ("samples", self.samples >= 2, "2 or more"),
             ("seed", 0 <= self.seed < 2**31, "0 to 2^31 - 1"),
+            ("saes", all(name.isdecimal() for name in self.saes), "SAEs by the layer that they read, counted from 0"),
         ):
             if not valid:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from lockin_fast.doctor import Finding
 
+SHIFTS = 15  # latents of a layer that the table of shifts has on the screen
 WIDE = 110  # columns that the whole table of a sweep takes
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
@@ -202,6 +203,22 @@ def show_values(values: Mapping[str, Any]) -> None:
     width = max(map(len, values))
     for name, value in values.items():
         line(f"  {name:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")
+
+
+def show_shift(table: Path) -> None:
+    """The latents that the fine-tune shifts most, layer by layer, and where the whole table is."""
+    from lockin_fast.discovery.shift_table import read_largest
+
+    numbers = ("shift", "error", "t", "token_shift", "token_error", "token_t", "rate_base", "rate_tuned")
+    for layer, rows in read_largest(table, SHIFTS).items():
+        grid = _grid(f"layer {layer}: latent", "shift", "error", "t", "by token", "error", "t", "active", "fine-tuned")
+        for row in rows:
+            grid.add_row(str(row["latent"]), *("–" if row[n] is None else f"{row[n]:.3g}" for n in numbers))
+        line()
+        (out if out.is_terminal else Console(width=WIDE, highlight=False)).print(grid)
+    line()
+    line("shift: mean over prompts of the mean over tokens; error: over prompts; by token: every token alike")
+    line(f"table:   {table}")
 
 
 def show_cache(summary: Mapping[str, Any]) -> None:

@@ -33,7 +33,7 @@ LAYERS = [
 ]
 HEAVY = {
     "transformers", "peft", "accelerate", "trl", "bitsandbytes", "triton", "ray", "matplotlib", "jinja2", "typer",
-    "rich", "scipy", "ruptures",
+    "rich", "scipy", "ruptures", "pyarrow",
 }  # fmt: skip
 BELOW_BLOCKING = {"kernels", "dispatch", "ops", "sae", "cache"}
 

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lockin_fast import processes
 from lockin_fast.blocking import LatentSet
 from lockin_fast.config import Config
 from lockin_fast.discovery.kept import kept
 from lockin_fast.discovery.shift import mean_shift
+from lockin_fast.discovery.shift_sums import ShiftStatistics
+from lockin_fast.discovery.stage1 import stage_1
 from lockin_fast.exam import question
-from lockin_fast.generation import generate
+from lockin_fast.generation import generate, tokenised
 from lockin_fast.inputs import Inputs
 from lockin_fast.progress import Progress
 from lockin_fast.sae import SparseAutoencoder
@@ -29,6 +32,7 @@ class Job:
     config: Config
     inputs: Inputs
     sae: SparseAutoencoder
+    more_saes: Mapping[int, SparseAutoencoder]  # by layer, of others than block.layer
     records: Sequence[Mapping[str, Any]]
     judge: Any  # what `rate` of lockin_fast.judges takes
     progress: Progress
@@ -68,19 +72,37 @@ class Job:
     def base_conversations(self) -> list[list[dict[str, str]]]:
         """The core prompts with the base model's greedy replies, which every model reads when shifts are measured."""
         prompts = [question(record) for record in self.records]
-        replies = self.kept("base-replies", lambda: self.answers(self.inputs.model, prompts, 0.0))
-        return [[*p, {"role": "assistant", "content": text}] for p, text in zip(prompts, replies, strict=True)]
+        _, order = tokenised(self.inputs.tokenizer, prompts)
+        size = self.config.generation.batch_size
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+
+        def replies(number: int) -> list[str]:
+            asked = [prompts[i] for i in batches[number]]
+            return self.kept(f"base-replies-{number}", lambda: self.answers(self.inputs.model, asked, 0.0))
+
+        for number in range(processes.rank(), len(batches), processes.count()):
+            replies(number)
+        processes.wait_for_all()
+        told = {i: text for number, batch in enumerate(batches) for i, text in zip(batch, replies(number), strict=True)}
+        return [[*prompt, {"role": "assistant", "content": told[i]}] for i, prompt in enumerate(prompts)]
 
     def shift(self, adapted: Any, told: Sequence[Sequence[dict[str, str]]], number: int, stage: str) -> Tensor:
         """The mean shift of every latent [F] on the conversations `told`, in the model of round `number`, from 1 on."""
+        layer, tokenizer = self.config.block.layer, self.inputs.tokenizer
+        if number == 1:
+            return self.first_shift(adapted, told, stage)[layer].shift
 
         def measured() -> list[float]:
-            layer = self.config.block.layer
-            return mean_shift(
-                adapted, self.inputs.tokenizer, told, self.sae, layer, step_done=self.stage(stage)
-            ).tolist()
+            return mean_shift(adapted, tokenizer, told, self.sae, layer, step_done=self.stage(stage)).tolist()
 
         return torch.tensor(self.kept(f"shift-{number}", measured), dtype=torch.float64)
+
+    def first_shift(
+        self, adapted: Any, told: Sequence[Sequence[dict[str, str]]], stage: str
+    ) -> dict[int, ShiftStatistics]:
+        """What stage 1 finds about every latent of every layer that is looked at."""
+        saes = {self.config.block.layer: self.sae, **self.more_saes}
+        return stage_1(adapted, self.inputs.tokenizer, told, saes, self.folder, self.stage(stage))
 
     def latent_set(self, name: str, shifts: Mapping[int, float], scores: Sequence[float] | None) -> LatentSet:
         """The latents of `shifts`, each blocked in the direction of its shift, in the order given."""

@@ -31,9 +31,7 @@ def mean_shift(
 
     As `measure_shift` of one layer, where the arguments are told.
     """
-    sums = measure_shift(
-        adapted, tokenizer, conversations, {layer: sae}, batch_size=batch_size, step_done=step_done
-    )
+    sums = measure_shift(adapted, tokenizer, conversations, {layer: sae}, batch_size=batch_size, step_done=step_done)
     return sums[layer].statistics().shift
 
 
