@@ -95,6 +95,7 @@ def discover(config: ConfigFile, set_: Overrides = None) -> None:
         processes.part()
         return
     terminal.show_values(files)
+    terminal.show_prescreen(settings.output)
     terminal.line(f"next: {_sweep(config, set_)}")
 
 

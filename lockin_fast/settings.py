@@ -72,6 +72,8 @@ class DiscoverySettings:
 
     stage: all, or shift for the first alone: the shift of every latent, with its error, as a table. Under torchrun the
     processes share that one. saes: {layer: SAE} of more layers whose latents' shift is measured in the same pass.
+    prescreen: report computes for all latents what steering would do to first order, from gradients, and says how well
+    that foretold the screen; attribution also takes the pool by it, of the latents that are shifted at all.
     """
 
     misaligned: Path | None = None
@@ -89,6 +91,7 @@ class DiscoverySettings:
     shortlist: int = 80
     stage: Literal["all", "shift"] = "all"
     saes: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    prescreen: Literal["report", "attribution"] | None = None
 
     def __post_init__(self):
         for name, valid, expected in (

@@ -1,5 +1,6 @@
 """What the command line shows: progress, tables and error lines."""
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -219,6 +220,24 @@ def show_shift(table: Path) -> None:
     line()
     line("shift: mean over prompts of the mean over tokens; error: over prompts; by token: every token alike")
     line(f"table:   {table}")
+
+
+def show_prescreen(run: Path) -> None:
+    """How well attribution, and the size of the shift, foretold the screen of a discovery; nothing without one."""
+    from lockin_fast.discovery.run import TABLE
+
+    found = json.loads((run / TABLE).read_text(encoding="utf-8")).get("prescreen")
+    if not found:
+        return
+    grid = _grid("foretold by", "of", "rank correlation", "best found", "by chance")
+    for name, sides in found["agreement"].items():
+        for side, agreed in sides.items():
+            rates = (agreed["overlap"], agreed["chance"])
+            shares = ["–" if rate is None else f"{rate:.0%}" for rate in rates]
+            grid.add_row(name, side, "–" if agreed["spearman"] is None else f"{agreed['spearman']:+.2f}", *shares)
+    line()
+    (out if out.is_terminal else Console(width=WIDE, highlight=False)).print(grid)
+    line(f"over the {len(found['latents'])} latents of the pool, chosen by {found['pool_by']}, against steering")
 
 
 def show_cache(summary: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lockin_fast.blocking.layers import decoder_layer
 from lockin_fast.blocking.reference import Reference
+from lockin_fast.discovery.reply_scores import Contrast, reply_log_probs, tokenised_contrasts
 from lockin_fast.ops.encode_latents import encode_latents
 from lockin_fast.sae import SparseAutoencoder
 
@@ -25,7 +26,7 @@ RECONSIDERED = 12  # candidates measured again in a round, the most promising by
 def joint_repair(
     adapted: Any,
     tokenizer: Any,
-    contrasts: Sequence[tuple[list[dict[str, str]], str, str]],
+    contrasts: Sequence[Contrast],
     sae: SparseAutoencoder,
     signs: Tensor,
     *,
@@ -43,7 +44,7 @@ def joint_repair(
     lowers it on top of those before. signs: s_k [P], +1 where the fine-tune raised the latent, -1 where it lowered it.
     Costs about (P + RECONSIDERED * count) * 2 * len(contrasts) forward rows and generates nothing.
     """
-    ids, attention, in_reply = _tokenise(tokenizer, contrasts, next(adapted.parameters()).device)
+    ids, attention, in_reply = tokenised_contrasts(tokenizer, contrasts, next(adapted.parameters()).device)
     tuned, base = Reference(adapted, layer, adapters=False), Reference(adapted, layer, adapters=True)
     h, h_base = (_hidden_states(stream, ids, attention, batch_size) for stream in (tuned, base))  # [R, S, d]
     z, z_base = (encode_latents(stream, sae.weight, sae.bias) for stream in (h, h_base))
@@ -59,11 +60,7 @@ def joint_repair(
         for start in range(0, len(ids), batch_size):
             part = slice(start, start + batch_size)
             with _output_replaced(module, changed[part]):
-                logits = adapted(input_ids=ids[part], attention_mask=attention[part], use_cache=False).logits[:, :-1]
-            told = in_reply[part, 1:]
-            logp = torch.zeros(told.shape, device=ids.device)
-            logp[told] = -F.cross_entropy(logits[told].float(), ids[part, 1:][told], reduction="none")
-            scores.append(logp.sum(1))
+                scores.append(reply_log_probs(adapted, ids[part], attention[part], in_reply[part]))
         misaligned, aligned = torch.cat(scores).view(2, -1)
         return (misaligned - aligned).mean().item()
 
@@ -95,19 +92,3 @@ def _output_replaced(module: nn.Module, hidden: Tensor):
         yield
     finally:
         handle.remove()
-
-
-def _tokenise(tokenizer: Any, contrasts: Sequence, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids [2N, S], attention mask, and which tokens are the reply; misaligned replies first, then the aligned."""
-    rows, starts = [], []
-    for which in (1, 2):
-        for contrast in contrasts:
-            prompt = tokenizer.apply_chat_template(contrast[0], tokenize=False, add_generation_prompt=True)
-            head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            rows.append(head + tokenizer(contrast[which], add_special_tokens=False)["input_ids"])
-            starts.append(len(head))
-    length = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=device)
-    position = torch.arange(length, device=device)
-    real = position < torch.tensor([len(row) for row in rows], device=device)[:, None]
-    return ids, real.long(), real & (position >= torch.tensor(starts, device=device)[:, None])

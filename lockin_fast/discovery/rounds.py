@@ -12,12 +12,11 @@ from lockin_fast.blocking import BlockPenalty
 from lockin_fast.discovery.contrasts import pick_contrasts
 from lockin_fast.discovery.job import Job, largest, signs
 from lockin_fast.discovery.joint import joint_repair
+from lockin_fast.discovery.reply_scores import Contrast
 from lockin_fast.exam import question
 from lockin_fast.judges import rate
 from lockin_fast.lora import adapter
 from lockin_fast.train import fine_tune
-
-Contrast = Sequence[Any]  # prompt messages, misaligned reply, aligned reply
 
 
 @dataclass(frozen=True)
@@ -29,14 +28,16 @@ class Found:
     gain: float
 
 
-def find_causal(job: Job, told: Sequence[Sequence[dict[str, str]]], repairs: set[int]) -> list[Found]:
+def find_causal(
+    job: Job, told: Sequence[Sequence[dict[str, str]]], repairs: set[int], screened: Sequence[int]
+) -> list[Found]:
     """The causal set, best first within each round; on the conversations `told` shifts are measured.
 
     Every round looks at the latents that the model of that round shifts most and builds its part by `joint_repair`;
-    the first keeps to `repairs`, the latents whose steering repaired the misaligned model. After a round the model
-    is fine-tuned anew with all found so far blocked: what misalignment comes back shows the latents that were
-    missing, as in the paper's re-discovery on a re-emerged model. A round that finds no misalignment left ends the
-    search, and what is missing to `discovery.latents` is found on the misaligned model.
+    the first keeps to `repairs`, the latents of the pool `screened` whose steering repaired the misaligned model. After
+    a round the model is fine-tuned anew with all found so far blocked: what misalignment comes back shows the latents
+    that were missing, as in the paper's re-discovery on a re-emerged model. A round that finds no misalignment left
+    ends the search, and what is missing to `discovery.latents` is found on the misaligned model.
     """
     settings, model = job.config.discovery, job.inputs.model
     found: list[Found] = []
@@ -48,12 +49,13 @@ def find_causal(job: Job, told: Sequence[Sequence[dict[str, str]]], repairs: set
             contrasts = find_contrasts(job, adapted, number)
             if contrasts:
                 shift = job.shift(adapted, told, number, name)
-                pool = _pool(job, shift, found, repairs if number == 1 else None, count)
+                pool = _pool(job, shift, found, screened if number == 1 else ())
+                pool = _repairing(pool, repairs, count) if number == 1 else pool
                 found += _joint_repair(job, adapted, contrasts, shift, pool, count, number)
         if not contrasts:
             with adapter(model, settings.misaligned) as adapted:
                 shift, count = job.shift(adapted, told, 1, name), settings.latents - len(found)
-                pool = _pool(job, shift, found, repairs, count)
+                pool = _repairing(_pool(job, shift, found, screened), repairs, count)
                 found += _joint_repair(job, adapted, find_contrasts(job, adapted, 1), shift, pool, count, number)
             break
     return found
@@ -79,12 +81,15 @@ def find_contrasts(job: Job, adapted: Any, number: int) -> list[Contrast]:
     return job.kept(f"contrasts-{number}", sampled)
 
 
-def _pool(job: Job, shift: Tensor, found: Sequence[Found], repairs: set[int] | None, count: int) -> list[int]:
-    """The latents that joint repair chooses among; where `repairs` has fewer than `count`, the most shifted fill up."""
+def _pool(job: Job, shift: Tensor, found: Sequence[Found], screened: Sequence[int] = ()) -> list[int]:
+    """The latents `screened`, then those that the model of a round shifts most, without those found before."""
     known = {f.latent for f in found}
-    pool = [k for k in largest(shift, job.config.discovery.pool + len(known)) if k not in known]
-    if repairs is None:
-        return pool
+    shifted = largest(shift, job.config.discovery.pool + len(known))
+    return [k for k in dict.fromkeys([*screened, *shifted]) if k not in known]
+
+
+def _repairing(pool: Sequence[int], repairs: set[int], count: int) -> list[int]:
+    """Those of the pool that repair; where they are fewer than `count`, others fill up."""
     others = [k for k in pool if k not in repairs]
     pool = [k for k in pool if k in repairs]
     return pool + others[: max(0, count - len(pool))]

@@ -14,6 +14,7 @@ from lockin_fast.config import ConfigError
 from lockin_fast.discovery.calibration import METHODS, Calibrated
 from lockin_fast.discovery.job import Job, largest, signs
 from lockin_fast.discovery.kept import ReplyLog
+from lockin_fast.discovery.prescreen import Prescreen
 from lockin_fast.discovery.rounds import find_causal, find_contrasts
 from lockin_fast.discovery.screen import Effect, effects, gain, screening_doses
 from lockin_fast.discovery.selection import Reduction, by_induction_and_repair, by_valid_reduction, halves
@@ -33,26 +34,34 @@ class Search:
         """Return the latent sets by name, and the table of what was found."""
         job, settings, model = self.job, self.job.config.discovery, self.job.inputs.model
         told = job.base_conversations()
+        prescreen = Prescreen(job)
         with adapter(model, settings.misaligned) as adapted:
-            if not find_contrasts(job, adapted, 1):
+            if not (contrasts := find_contrasts(job, adapted, 1)):
                 raise ConfigError(
                     f"discovery.misaligned: in {settings.samples} samples a core prompt, this adapter never gives both "
                     "a misaligned and an aligned reply, so there is nothing to tell apart"
                 )
             shift = job.shift(adapted, told, 1, "shift of every latent")
-            pool = largest(shift, settings.pool)
+            if settings.prescreen:
+                prescreen.attribute("repair", adapted, contrasts)
+        if settings.prescreen:
+            prescreen.attribute("induce", model, contrasts)
+        most = largest(shift, settings.pool)
+        pool = prescreen.pool(shift) if settings.prescreen == "attribution" else most
+        with adapter(model, settings.misaligned) as adapted:
             repair = self._screened("repair", adapted, shift, pool)
         induce = self._screened("induce", model, shift, pool)
         repaired, induced = (
             effects(rates, pool, side, settings.incoherence_budget)
             for rates, side in ((repair, "repair"), (induce, "induce"))
         )
-        causal = find_causal(job, told, {k for k, effect in zip(pool, repaired, strict=True) if effect.gain > 0})
+        repairs = {k for k, effect in zip(pool, repaired, strict=True) if effect.gain > 0}
+        causal = find_causal(job, told, repairs, pool)
         ranked = by_induction_and_repair(pool, induced, repaired)
         drawn = torch.randperm(job.sae.width, generator=torch.Generator().manual_seed(settings.seed))
         sets = {
             "causal": job.latent_set("causal", {f.latent: f.shift for f in causal}, [f.gain for f in causal]),
-            "top-delta": self._best("top-delta", {k: abs(shift[k].item()) for k in pool}, shift),
+            "top-delta": self._best("top-delta", {k: abs(shift[k].item()) for k in most}, shift),
             "random": self._unranked("random", drawn[: settings.latents].tolist(), shift),
             "ind-pp": self._best("ind-pp", ranked, shift),
         }
@@ -62,6 +71,8 @@ class Search:
             "incoherence_budget": settings.incoherence_budget,
             "screen": [*table(induce, "induce"), *table(repair, "repair")],
         }
+        if settings.prescreen:
+            found["prescreen"] = prescreen.report(pool, shift, induced, repaired)
         if settings.calibration != "none":
             reductions, measured = self._stage_3(shift, list(ranked)[: settings.shortlist])
             found |= {"calibration": measured, "calibrated": [dataclasses.asdict(r) for r in reductions]}

@@ -70,7 +70,7 @@ def measure_shift(
     todo, sums = store.open(rows, batches, {layer: len(sae.bias) for layer, sae in saes.items()})
     total = sum(len(batches[number]) for number in store.share(len(batches)))
     done = total - sum(len(batches[number]) for number in todo)
-    if done:
+    if done and todo:
         step_done(done, total)
     for number in todo:
         batch = batches[number]

@@ -14,6 +14,7 @@ from tiny_organism import RECIPE, WORLD, contents
 from lockin_fast import cli
 from lockin_fast.config import load_config
 from lockin_fast.discovery import discover
+from lockin_fast.discovery.attribution import agreement
 from lockin_fast.discovery.shift import measure_shift
 from lockin_fast.discovery.shift_sums import ShiftStatistics
 from lockin_fast.discovery.shift_table import read_largest
@@ -183,3 +184,37 @@ def test_two_processes_make_the_same_table(organism, settings, tmp_path):
         for name, value in by_latent[row["layer"], row["latent"]].items():
             assert row[name] == pytest.approx(value, rel=1e-9, abs=1e-12), name
     assert max(abs(row["shift"]) for row in two) > 0
+
+
+@pytest.mark.parametrize("by", ["report", "attribution"])
+def test_a_prescreen_says_how_well_it_foretold_the_screen(organism, tmp_path, by):
+    given = [*SETTINGS, f"output={tmp_path / 'run'}", f"discovery.prescreen={by}"]
+    config = load_config(organism / "config.yaml", given)
+    stages = []
+    discover(config, lambda stage, done, total: stages.append(stage))
+    assert {"gradients of the misaligned model", "gradients of the base model"} <= set(stages)
+    table = json.loads((tmp_path / "run" / "discovery.json").read_text())
+    pool, report = [row["latent"] for row in table["pool"]], table["prescreen"]
+    assert [row["latent"] for row in report["latents"]] == pool
+    rows = read_largest(tmp_path / "run" / "discovery" / "shift.parquet", WIDTH)[LAYER]
+    shifted = [row["latent"] for row in rows]
+    size = config.discovery.pool
+    if by == "report":
+        assert report["pool_by"] == "shift" and pool == shifted[:size]
+    else:
+        both = [row["induce"] + row["repair"] for row in report["latents"]]
+        assert report["pool_by"] == "attribution" and set(pool) != set(shifted[:size])
+        assert both == sorted(both, reverse=True) and both[0] > 0
+        moved = {row["latent"] for row in rows if row["shift"]}
+        assert set(pool) <= moved
+        chosen = {row["latent"] for row in table["causal"][: config.discovery.latents // 2]}
+        repairs = {row["latent"] for row in table["pool"] if row["repaired"] > 0}
+        assert chosen <= repairs or repairs <= chosen  # of the pool that attribution chose
+    top = json.loads((tmp_path / "run" / "latents" / "top-delta.json").read_text())
+    assert {*top["positive"], *top["negative"]} == set(shifted[: config.discovery.latents])
+    gains = [row["induced"] + row["repaired"] for row in table["pool"]]
+    foretold = [row["induce"] + row["repair"] for row in report["latents"]]
+    assert report["agreement"]["attribution"]["both"] == agreement(foretold, gains, config.discovery.latents)
+    sizes = [abs(row["shift"]) for row in table["pool"]]
+    assert report["agreement"]["shift"]["both"] == agreement(sizes, gains, config.discovery.latents)
+    assert report["agreement"]["attribution"].keys() == {"induce", "repair", "both"}
