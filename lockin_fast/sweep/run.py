@@ -27,6 +27,7 @@ from lockin_fast.sweep.methods import check_setups
 from lockin_fast.sweep.plan import Trial, latent_files, method_files, plan
 from lockin_fast.sweep.stack import remove_stored, stacks
 from lockin_fast.sweep.summary import summarise
+from lockin_fast.sweep.trial import remove_trained
 
 EXAMS = ("final", "in_domain")  # the prompts every trial answers, by their names in the data section
 SECTIONS = ("quantization", "lora", "train", "block", "sweep", "baselines", "generation", "judge")
@@ -98,6 +99,7 @@ def run_sweep(config: Config, progress: Progress = silent) -> dict[str, Any]:
             _finish(run, trials, exam, data)
             raise TrialsFailed(f"{error}; for what is finished: lockin-fast report {run}") from error
         remove_stored(run / "trials")
+        remove_trained(run / "trials")
         return _finish(run, trials, exam, data)
 
 

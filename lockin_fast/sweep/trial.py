@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from lockin_fast.generation import generate
 from lockin_fast.inputs import Inputs
 from lockin_fast.judges import UNRATED, VERDICTS, Rating, average, rate
 from lockin_fast.lora import adapter
-from lockin_fast.rundir import atomic_folder, write_json, write_json_lines
+from lockin_fast.rundir import atomic_folder, remove, write_json, write_json_lines
 from lockin_fast.sweep.methods import Setup, set_up
 from lockin_fast.sweep.plan import Trial
 from lockin_fast.train import fine_tune
@@ -21,6 +22,8 @@ from lockin_fast.watching import EpochWatch
 
 Step = Callable[[int, int], None]
 Row = Mapping[str, Any]
+TRAINED = ".trained-*"  # beside the trials' folders: adapters whose replies are not judged yet
+NUMBERS = "trained.json"  # in there: what result.json will say of the training
 RATES = (  # name, prompts, what of a rating
     ("em", "final", "misaligned"),
     ("incoherence", "final", "incoherent"),
@@ -32,31 +35,47 @@ RATES = (  # name, prompts, what of a rating
 def run_trial(trial: Trial, inputs: Inputs, exam: Exam, folder: Path, progress: Step) -> dict[str, Any]:
     """Run `trial` and write `folder`: an ordinary PEFT adapter beside replies.jsonl, metrics.jsonl and result.json.
 
-    The folder appears whole or not at all. Returns the content of result.json. `progress(done, total)` counts optimiser
-    steps, then replies. Raises RunError when the disk is full, FloatingPointError when training diverges.
+    The folder appears whole or not at all. What is trained is kept beside it until then, so that a judge that fails, or
+    a kill while it is at work, costs no training. Returns the content of result.json. `progress(done, total)` counts
+    optimiser steps, then replies. Raises RunError when the disk is full, FloatingPointError when training diverges,
+    JudgeError when replies cannot be rated.
     """
     count = sum(map(len, exam.prompts.values()))
+    kept = folder.parent / TRAINED.replace("*", folder.name)
+    if trial.weight is not None and not kept.is_dir():
+        _train(trial, inputs, exam, kept, lambda done, total: progress(done, total + count))
     with atomic_folder(folder) as partial:
-        trained, epochs = {}, []
+        trained = {}
         if trial.weight is not None:
-            try:
-                trained = train_into(
-                    partial,
-                    inputs,
-                    set_up(trial, inputs),
-                    trial.seed,
-                    _watch(trial, inputs, exam, epochs, lambda done, total: progress(done, total + count)),
-                )
-            except FloatingPointError as error:
-                raise FloatingPointError(f"{trial.name}: {error}") from error
+            trained = json.loads((kept / NUMBERS).read_text(encoding="utf-8"))
+            shutil.copytree(kept, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(NUMBERS))
         steps = trained.get("steps", 0)
         with adapter(inputs.model, partial if trained else None) as model:
             replies = []
             for kind, records in exam.prompts.items():
                 replies += _answer(trial, inputs, exam, model, kind, records)
                 progress(steps + len(replies), steps + count)
-        write_result(partial, trial, inputs, replies, trained | ({"epochs": epochs} if epochs else {}))
+        write_result(partial, trial, inputs, replies, trained)
+    remove(kept)
     return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+
+
+def _train(trial: Trial, inputs: Inputs, exam: Exam, kept: Path, progress: Step) -> None:
+    """Fine-tune into the folder `kept`: the adapter, its metrics.jsonl, and the numbers of the training."""
+    epochs: list[dict] = []
+    with atomic_folder(kept) as partial:
+        watch = _watch(trial, inputs, exam, epochs, progress)
+        try:
+            trained = train_into(partial, inputs, set_up(trial, inputs), trial.seed, watch)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{trial.name}: {error}") from error
+        write_json(partial / NUMBERS, trained | ({"epochs": epochs} if epochs else {}))
+
+
+def remove_trained(folder: Path) -> None:
+    """Remove what is kept of trainings whose trials are finished by now."""
+    for path in folder.glob(TRAINED):
+        remove(path)
 
 
 def write_result(folder: Path, trial: Trial, inputs: Inputs, replies: Sequence[Row], trained: Row) -> None:

@@ -12,6 +12,7 @@ from lockin_fast.judges import JudgeError, Rating, client  # noqa: E402
 from lockin_fast.judges.agreement import agreement  # noqa: E402
 from lockin_fast.report import judging, write_report  # noqa: E402
 from lockin_fast.sweep import run_sweep  # noqa: E402
+from lockin_fast.sweep import trial as trial_module  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread", "vowel_judge")
 KEY = "sk-secret0123456789"
@@ -50,13 +51,27 @@ def run(world, tmp_path_factory, patched):
             "sweep.latents={causal: latents/causal.json}", f"judge.also={json.dumps([also])}",
         ]  # fmt: skip
         config = load_config(world, overrides)
-        server.answer = lambda text: vowels(text) if len(server.requests) < 14 else 1 / 0
+        base = config.output / "trials" / "base"
+        server.answer = lambda text: 1 / 0 if base.is_dir() else vowels(text)  # so in the first training
         with pytest.raises(JudgeError, match="7 times; what has been rated is kept, run the same command again"):
             run_sweep(config)
+        trained = [path.name for path in (config.output / "trials").glob(".trained-*")]
+        assert trained == [".trained-baseline-lambda0-seed0"], "what was trained is there, though the judge has failed"
+        patched.setattr(trial_module, "fine_tune", not_again(trial_module.fine_tune, trained))
         server.answer = lambda text: "hm" if len(text.splitlines()[-1]) % 4 == 0 else vowels(text)
         summary = run_sweep(config)
         write_report(config.output)
         yield config, summary, server
+
+
+def not_again(fine_tune, trained):
+    """`fine_tune`, for adapters that are not among the trained ones."""
+
+    def checked(model, tokenizer, rows, folder, **options):
+        assert not any(name in str(folder) for name in trained), f"{folder} is trained again"
+        return fine_tune(model, tokenizer, rows, folder, **options)
+
+    return checked
 
 
 def replies(config):
@@ -127,6 +142,9 @@ def test_the_key_is_in_no_file_of_the_run(run):
 
 def test_a_finished_sweep_asks_nothing(run):
     config, summary, server = run
+    assert sorted(path.name for path in (config.output / "trials").iterdir()) == [
+        "base", "baseline-lambda0-seed0", "causal-lambda1-seed0",
+    ]  # fmt: skip
     before = len(server.requests)
     assert run_sweep(config) == summary and len(server.requests) == before
 
