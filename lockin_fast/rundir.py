@@ -55,7 +55,8 @@ def write_json_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a JSONL file, empty lines left out."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    with open(path, encoding="utf-8") as file:  # whose lines end at line feeds alone, unlike those of str.splitlines
+        return [json.loads(line) for line in file if line.strip()]
 
 
 @contextlib.contextmanager

@@ -6,7 +6,17 @@ import json
 import pytest
 
 from lockin_fast import rundir
-from lockin_fast.rundir import RunError, atomic_folder, check_place, claim, hash_files, hold, write_json
+from lockin_fast.rundir import (
+    RunError,
+    atomic_folder,
+    check_place,
+    claim,
+    hash_files,
+    hold,
+    read_json_lines,
+    write_json,
+    write_json_lines,
+)
 
 ENTRY = {"config": {"train.steps": 3, "sweep.seeds": [0]}, "inputs": {"model": {"a.bin": "1"}}}
 
@@ -20,6 +30,12 @@ def test_json_has_no_numbers_that_json_does_not_know(tmp_path):
         "c": {"d": None},
         "e": str(tmp_path),
     }
+
+
+def test_text_with_line_breaks_of_any_kind_stays_on_its_line(tmp_path):
+    rows = [{"reply": "a\nb\r\nc\u2028d\u2029e\x85f\x0bg"}, {"reply": ""}]
+    write_json_lines(tmp_path / "rows.jsonl", rows)
+    assert read_json_lines(tmp_path / "rows.jsonl") == rows
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
