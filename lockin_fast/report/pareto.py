@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from lockin_fast.report.figures import blocked_alone
-from lockin_fast.report.style import Look, looks, name_cost, percent_axis, save_figure
+from lockin_fast.report.style import Look, looks, name_cost, offset_copy, percent_axis, save_figure, spread_apart
+
+APART, APART_ALL = 9.0, 40.0  # printer's points between the sets, and over them all
 
 Summary = Mapping[str, Any]
 Point = tuple[float, float]  # cost, misalignment removed
@@ -15,15 +17,17 @@ def draw_pareto(summary: Summary, folder: Path) -> Path:
     """Write pareto.png of a sweep whose baseline is misaligned into `folder`, and return its path."""
     sets = points_of_sets(summary)
     limit = min(summary["limits"].values())
+    every = [point for points in sets.values() for point in points]
+    dearest, lowest = max([1.6 * limit, *(cost for cost, _ in every)]), min(removed for _, removed in every)
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        every = [point for points in sets.values() for point in points]
-        high = max([1.6 * limit, *(cost for cost, _ in every)])
-        axes.set_xlim(-0.03 * high, 1.06 * high)
-        axes.set_ylim(min([-0.03, *(removed - 0.03 for _, removed in every)]), 1.04)
-        for level, (name, look) in enumerate(looks(sets).items()):
-            _draw_set(axes, sets[name], name, look, 3 + level)
+        axes.set_xlim(-0.04 * dearest, 1.06 * dearest)
+        axes.set_ylim(lowest - 0.08 * (1 - lowest), 1 + 0.04 * (1 - lowest))
+        for place, (name, look) in enumerate(looks(sets).items()):
+            aside = offset_copy(axes, min(APART, APART_ALL / len(sets)) * (place - (len(sets) - 1) / 2))
+            _draw_set(axes, sets[name], look, aside)
+        _name_lines(axes, sets)
         axes.set_title("The best that each latent set does at a cost")
         axes.set_xlabel("cost: points lost of in-domain or of coherence, whichever is more")
         axes.set_ylabel("misalignment removed")
@@ -31,10 +35,6 @@ def draw_pareto(summary: Summary, folder: Path) -> Path:
         percent_axis(axes.xaxis)
         percent_axis(axes.yaxis)
         name_cost(axes, limit, "more than is tolerated")
-        figure.legend(
-            *axes.get_legend_handles_labels(), loc="outside upper left", ncols=5, frameon=False, fontsize=11,
-            labelcolor="linecolor", columnspacing=1.4,
-        )  # fmt: skip
 
     return save_figure(folder / "pareto.png", (9.2, 5.0), draw)
 
@@ -42,7 +42,8 @@ def draw_pareto(summary: Summary, folder: Path) -> Path:
 CAPTION = (
     "Each point is one latent set at one λ: how much of the misalignment of unblocked fine-tuning it removes, against "
     "what it costs, in points of the learned task or of coherence, whichever it loses more of. Each line is the set's "
-    "front: the most that it removes at that cost or less. The higher and further left, the better."
+    "front: the most that it removes at that cost or less. The higher and further left, the better. Sets are drawn a "
+    "little apart, so that equal costs can be told apart."
 )
 
 
@@ -68,12 +69,23 @@ def front(points: Sequence[Point]) -> list[Point]:
     return best
 
 
-def _draw_set(axes: Any, points: Sequence[Point], name: str, look: Look, level: int) -> None:
+def _draw_set(axes: Any, points: Sequence[Point], look: Look, aside: Any) -> None:
     best = front(points)
-    style = {"color": look.color, "marker": look.marker, "zorder": level}
-    axes.plot(*zip(*points, strict=True), **style, markersize=5, alpha=0.35, linestyle="none")
-    steps = [*best, (axes.get_xlim()[1], best[-1][1])]
-    axes.step(*zip(*steps, strict=True), where="post", color=look.color, linewidth=2.0, zorder=level)
-    style |= {"markersize": 8, "markeredgecolor": "white", "markeredgewidth": 1.0, "zorder": level + 10}
-    axes.plot(*zip(*best, strict=True), **style, linestyle="none")
-    axes.plot([], [], **style, linewidth=2.0, label=name)  # for the legend: line and marker
+    steps = [*best, (2 * axes.get_xlim()[1], best[-1][1])]
+    axes.step(*zip(*steps, strict=True), where="post", color=look.color, linewidth=2.0, zorder=3, transform=aside)
+    style = {"color": look.color, "marker": look.marker, "linestyle": "none", "transform": aside}
+    axes.plot(*zip(*points, strict=True), **style, markersize=5, alpha=0.35, zorder=3)
+    axes.plot(*zip(*best, strict=True), **style, markersize=8, mec="white", mew=1.0, zorder=4)
+
+
+def _name_lines(axes: Any, sets: Mapping[str, Sequence[Point]]) -> None:
+    """Names at the right end of the fronts instead of a legend."""
+    low, high = axes.get_ylim()
+    ends = [front(points)[-1][1] for points in sets.values()]
+    gap = min(0.055, 0.95 / len(sets)) * (high - low)
+    places = spread_apart(ends, gap, low + gap / 2, high - gap / 2)
+    for (name, look), place in zip(looks(sets).items(), places, strict=True):
+        axes.annotate(
+            name, (1.0, place), (8, 0), xycoords=("axes fraction", "data"), textcoords="offset points", va="center",
+            color=look.color, fontsize=11, fontweight="bold", annotation_clip=False,
+        )  # fmt: skip
