@@ -81,9 +81,10 @@ def organism(
 
 @app.command(epilog="Example: lockin-fast discover organisms/seed0/config.yaml --set output=runs/first")
 def discover(config: ConfigFile, set_: Overrides = None) -> None:
-    """Find the latents that carry emergent misalignment; write causal, top-delta and random sets as JSON.
+    """Find the latents that carry emergent misalignment; write latent sets as JSON. Resumes after a kill.
 
-    With --set discovery.stage=shift: only the shift of every latent, as a table; under torchrun by all processes.
+    With --set discovery.calibration=bisection, now or later: how strongly each latent may steer, and the set of those
+    that induce and repair. With --set discovery.stage=shift: only the shift of every latent, as a table; under torchrun by all processes.
     """
     from lockin_fast.discovery import discover as run
 
