@@ -84,7 +84,8 @@ def discover(config: ConfigFile, set_: Overrides = None) -> None:
     """Find the latents that carry emergent misalignment; write latent sets as JSON. Resumes after a kill.
 
     With --set discovery.calibration=bisection, now or later: how strongly each latent may steer, and the set of those
-    that induce and repair. With --set discovery.stage=shift: only the shift of every latent, as a table; under torchrun by all processes.
+    that induce and repair. With --set discovery.stage=shift: only the shift of every latent, as a table; under torchrun
+    by all processes.
     """
     from lockin_fast.discovery import discover as run
 
