@@ -10,13 +10,13 @@ from lockin_fast.kernels.triton._tiles import check_dtype, with_rows
 
 @triton.jit
 def backward_kernel(
-    coefficient, scale, scale_stride, weight, grad, grad_stride, out, out_stride, T, K, D, IN_PLACE: tl.constexpr,
+    coefficient, scale, weight, grad, grad_stride, out, out_stride, T, K, D, IN_PLACE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = tokens < T
-    upstream = tl.load(scale + tokens * scale_stride, mask=inside, other=0.0)[:, None]
+    upstream = tl.load(scale + tokens, mask=inside, other=0.0)[:, None]
     written = inside
     if IN_PLACE:  # a token on which nothing is active is neither read nor written
         some = tl.zeros((BLOCK_T,), dtype=tl.int32)
@@ -50,15 +50,16 @@ def _scaled(coefficient, upstream, tokens, inside, k0, K, BLOCK_K: tl.constexpr)
 
 def _launch(coefficient, scale, weight, grad, out, in_place):
     check_dtype(weight.dtype)
-    coefficient, weight, grad = coefficient.contiguous(), weight.contiguous(), with_rows(grad)
+    coefficient, scale, weight = coefficient.contiguous(), scale.contiguous(), weight.contiguous()
+    grad = with_rows(grad)
     T, K = coefficient.shape
     D = weight.shape[1]
     constants = _configs.backward(weight, K)
     grid = triton.cdiv(T, constants["BLOCK_T"]), triton.cdiv(D, constants["BLOCK_D"])
     if T and D:
         backward_kernel[grid](
-            coefficient, scale, scale.stride(0), weight, grad, 0 if grad is None else grad.stride(0), out,
-            out.stride(0), T, K, D, in_place, **constants,
+            coefficient, scale, weight, grad, 0 if grad is None else grad.stride(0), out, out.stride(0), T, K, D,
+            in_place, **constants,
         )  # fmt: skip
     return out
 
