@@ -235,6 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     _quiet_libraries()
+    _show_own_warnings()
     words = [word for word in arguments if word != "--debug"] or ["--help"]
     terminal.out.quiet = not processes.is_first()
     try:
@@ -298,6 +299,19 @@ def _quiet_libraries() -> None:
     for library in ("transformers", "peft", "accelerate"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package that nothing here needs
+
+
+def _show_own_warnings() -> None:
+    """Let a warning of this package be one line, without the place in the source that Python adds."""
+    others = warnings.showwarning
+
+    def show(message, category, filename, *where, **options):
+        if Path(filename).is_relative_to(Path(__file__).parent):
+            terminal.warning_line(str(message))
+        else:
+            others(message, category, filename, *where, **options)
+
+    warnings.showwarning = show
 
 
 if __name__ == "__main__":

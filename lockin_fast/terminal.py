@@ -31,7 +31,16 @@ def sentence(text: str) -> None:
 
 def error_line(text: str) -> None:
     """Print one red-tagged line to stderr, whatever line breaks the message has."""
-    err.print(Text.assemble(("error:", "bold red"), " ", " ".join(text.split())), soft_wrap=True)
+    _tagged("error:", "bold red", text)
+
+
+def warning_line(text: str) -> None:
+    """The same for what went wrong and was dealt with."""
+    _tagged("warning:", "bold yellow", text)
+
+
+def _tagged(tag: str, style: str, text: str) -> None:
+    err.print(Text.assemble((tag, style), " ", " ".join(text.split())), soft_wrap=True)
 
 
 @contextmanager

@@ -16,8 +16,9 @@ from lockin_fast.blocking.mixin import checked_terms
 from lockin_fast.blocking.terms import LossTerm
 from lockin_fast.chat import ChatDataset, PaddingCollator
 from lockin_fast.lora import LoraSettings, borrowed_with_lora, check_lora, save_adapter
+from lockin_fast.resuming import Resumption, training_key
 from lockin_fast.rundir import held_partial
-from lockin_fast.watching import peak_bytes, reset_peak, watching
+from lockin_fast.watching import Watch, peak_bytes, reset_peak, watching
 
 _SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
@@ -95,7 +96,7 @@ DEFAULT_SETTINGS = TrainSettings()
 def fine_tune(
     model: nn.Module, tokenizer, dataset, output: str | os.PathLike, *,
     lora: LoraSettings = DEFAULT_LORA, settings: TrainSettings = DEFAULT_SETTINGS,
-    penalty: LossTerm | Sequence[LossTerm] | None = None, progress: Callable[[int, int], None] | None = None,
+    penalty: LossTerm | Sequence[LossTerm] | None = None, progress: Callable[[int, int], None] | Watch | None = None,
 ) -> TrainResult:  # fmt: skip
     """Train a LoRA adapter on `model` and write it to the folder `output` as an ordinary PEFT adapter.
 
@@ -104,11 +105,13 @@ def fine_tune(
     dataset: a path of chat JSONL, rows of one, or a ChatDataset (tokenise once, train often).
     output: must not exist; it appears whole, with metrics.jsonl, when training has succeeded, and not at all otherwise.
     penalty: one loss term or several; None trains plainly. progress(step, total) is called after every optimiser step;
-    an EpochWatch is told of epochs as well.
+    a `Watch` is told of epochs as well, and may name a checkpoint from which a killed call goes on to the same bytes
+    (of one process; several start again). The caller removes it when the folder is where it belongs.
 
     The same seed on the same machine gives the same bytes. Raises before training: FileExistsError for an existing
     output; ValueError for modules or layers the model does not have, a model that has adapters already, or a penalty
-    that does not fit; OSError where the adapter would not fit on the disk. Needs the `train` extra.
+    that does not fit; OSError where the adapter would not fit on the disk; RunError for a checkpoint of something else.
+    Needs the `train` extra.
 
     Started by torchrun or `accelerate launch`, processes train one adapter under DistributedDataParallel: each takes
     its share of every batch, the first writes, and all return when it has. Where the rows of an epoch are no multiple
@@ -124,23 +127,31 @@ def fine_tune(
     processes.check_whole_model()
     _share(settings)
     check_lora(model, lora)
-    check_reach(lora, checked_terms(penalty))
+    terms = checked_terms(penalty)
+    check_reach(lora, terms)
     if not isinstance(dataset, ChatDataset):
         dataset = ChatDataset(dataset, tokenizer, max_length=settings.max_length)
     if os.path.lexists(output):
         raise FileExistsError(f"output: {output} exists; choose another folder, or remove it first")
+    watch = progress if isinstance(progress, Watch) else Watch(progress or (lambda step, total: None))
+    resumption = None
+    if watch.checkpoint is not None and processes.count() == 1:
+        resumption = Resumption(watch.checkpoint, training_key(settings, lora, dataset, terms), model.device)
     with (
         _replacing_folder(output) if processes.is_first() else nullcontext(output) as partial,
         borrowed_with_lora(model, lora, settings.seed) as peft_model,
     ):
         if processes.is_first():
             _check_space(partial, peft_model)
-        watch = watching(progress)
-        trainer = _trainer(peft_model, tokenizer, dataset, partial, settings, penalty, watch)
+        timer = watching(watch)
+        trainer = _trainer(peft_model, tokenizer, dataset, partial, settings, penalty, timer)
         reset_peak(model.device)
-        trainer.train()
+        if resumption is None:
+            trainer.train()
+        else:
+            resumption.train(trainer, timer, watch.epochs)
         peak = peak_bytes(model.device)
-        history = [row for row in trainer.state.log_history if "loss" in row]
+        history = [_with_total(row, terms) for row in trainer.state.log_history if "loss" in row]
         if processes.is_first():
             save_adapter(peft_model, partial)
             with open(partial / "metrics.jsonl", "w", encoding="utf-8") as file:
@@ -150,12 +161,18 @@ def fine_tune(
     return TrainResult(
         adapter_path=output,
         history=history,
-        seconds_per_step=watch.seconds_per_step(),
+        seconds_per_step=timer.seconds_per_step(),
         sft_loss=last["sft_loss"],
         penalty=last.get("block_penalty"),
         active_fraction=last.get("active_fraction"),
         peak_bytes=peak,
     )
+
+
+def _with_total(row: dict, terms: Sequence[LossTerm]) -> dict:
+    """A row of the history, its loss the sum of its terms: the trainer's own counts from where it was resumed."""
+    weights = {term.column: term.weight for term in terms}
+    return row | {"loss": row["sft_loss"] + sum(weight * row[name] for name, weight in weights.items())}
 
 
 def check_reach(lora: LoraSettings, terms: Sequence[LossTerm]) -> None:
@@ -204,7 +221,7 @@ def _check_space(folder: Path, peft_model: nn.Module) -> None:
         )
 
 
-def _trainer(peft_model, tokenizer, dataset, folder, settings, penalty, watch):
+def _trainer(peft_model, tokenizer, dataset, folder, settings, penalty, callback):
     """A BlockTrainer that prints nothing, reports nowhere, writes nothing, and reads the loss once a logging step."""
     from transformers import TrainingArguments
     from transformers.trainer_callback import PrinterCallback
@@ -244,7 +261,7 @@ def _trainer(peft_model, tokenizer, dataset, folder, settings, penalty, watch):
         args=arguments,
         train_dataset=dataset,
         data_collator=PaddingCollator(padding_id(tokenizer)),
-        callbacks=[watch],
+        callbacks=[callback],
         penalty=penalty,
     )
     trainer.remove_callback(PrinterCallback)

@@ -5,61 +5,70 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from lockin_fast.checkpoint import Checkpoint
+
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
-class EpochWatch:
-    """A `progress` that is told of epochs too: epoch_done(epoch, model) runs after each, the model in training mode.
+class Watch:
+    """A `progress` that does more: judge every epoch, and keep the training's state.
 
-    What it does to the model's mode it has to undo; its time is not counted as training.
+    epoch_done(epoch, model), where given, runs after each epoch, the model in training mode; what it does to the
+    model's mode it has to undo, and its time is not counted as training. What it returns is a row of `epochs`.
+    checkpoint: where the state is kept between steps; a killed training goes on from there, to the same bytes.
     """
 
     progress: Callable[[int, int], None]
-    epoch_done: Callable[[float, nn.Module], None]
+    epoch_done: Callable[[float, nn.Module], dict] | None = None
+    checkpoint: Checkpoint | None = None
+    epochs: list[dict] = field(default_factory=list)
 
     def __call__(self, step: int, total: int) -> None:
         self.progress(step, total)
 
 
-def watching(progress: Callable[[int, int], None] | None):
+def watching(watch: Watch):
     """A trainer callback that times the steps, reports them, and closes the history with the last one."""
     from transformers import TrainerCallback
 
-    class Watch(TrainerCallback):
+    class Watching(TrainerCallback):
         def __init__(self):
-            self.times = [time.perf_counter()]
-            self.paused = 0.0
+            self.seconds, self.timed = 0.0, 0  # of steps, without the first
+            self.first = None  # its seconds
+            self.last = time.perf_counter()
 
         def on_train_begin(self, args, state, control, **kwargs):
-            self.times = [time.perf_counter()]
+            self.last = time.perf_counter()
 
         def on_step_end(self, args, state, control, **kwargs):
-            self.times.append(time.perf_counter() - self.paused)
-            if progress is not None:
-                progress(state.global_step, state.max_steps)
+            now = time.perf_counter()
+            if self.first is None:
+                self.first = now - self.last
+            else:
+                self.seconds += now - self.last
+                self.timed += 1
+            self.last = now
+            watch.progress(state.global_step, state.max_steps)
             if state.global_step >= state.max_steps:
                 control.should_log = True
 
         def on_epoch_end(self, args, state, control, model=None, **kwargs):
-            if isinstance(progress, EpochWatch):
+            if watch.epoch_done is not None:
                 start = time.perf_counter()
-                progress.epoch_done(round(state.epoch, 6), model)
-                self.paused += time.perf_counter() - start
+                watch.epochs.append(watch.epoch_done(round(state.epoch, 6), model))
+                self.last += time.perf_counter() - start
 
         def seconds_per_step(self) -> float:
-            start, *steps = self.times
-            if len(steps) > 1:
-                return (steps[-1] - steps[0]) / (len(steps) - 1)
-            return steps[0] - start
+            return self.seconds / self.timed if self.timed else self.first or 0.0
 
-    return Watch()
+    return Watching()
 
 
 def reset_peak(device: torch.device) -> None:

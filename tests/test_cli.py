@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,36 @@ def test_an_interrupt_says_how_to_go_on(command, monkeypatch):
     monkeypatch.setattr(doctor, "diagnose", interrupt)
     status, _, err = command("doctor")
     assert status == 130 and "goes on where it stood" in err
+
+
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Stop())
+from lockin_fast.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("module", ["lockin_fast.cli", "typer", "torch"])
+def test_an_interrupt_while_it_starts_is_one_line(module):
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED_IMPORT, module], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted before anything began\n")
+
+
+def test_a_warning_of_ours_is_one_line(command, monkeypatch):
+    def diagnose():
+        warnings.warn_explicit("state.before is damaged", UserWarning, str(Path(cli.__file__).with_name("train.py")), 1)
+        warnings.warn_explicit("somebody else's", UserWarning, "elsewhere.py", 7)
+        return [doctor.Finding("machine", "python", "3")]
+
+    monkeypatch.setattr(doctor, "diagnose", diagnose)
+    with pytest.warns(UserWarning, match="somebody else's"):
+        status, _, err = command("doctor")
+    assert (status, err) == (0, "warning: state.before is damaged\n")
 
 
 def test_a_sweep_prints_its_table_headline_and_files(command, world):

@@ -12,15 +12,15 @@ import lockin_fast
 PACKAGE = Path(lockin_fast.__file__).parent
 # A room, that is a file or folder directly under lockin_fast/, may import from lower layers and from its own.
 LAYERS = [
-    {"typed_mapping", "progress", "rundir", "threads", "processes", "watching", "labels"},
+    {"typed_mapping", "progress", "rundir", "threads", "processes", "watching", "labels", "checkpoint"},
     {"kernels"},
     {"dispatch"},
     {"ops"},
     {"sae"},
     {"cache", "quantized"},
     {
-        "chat", "blocking", "lora", "train", "generation", "organism", "judges", "config", "inputs", "exam",
-        "steering", "discovery", "patching", "settings", "patch_settings", "judge_settings", "sweep_settings",
+        "chat", "blocking", "lora", "resuming", "train", "generation", "organism", "judges", "config", "inputs",
+        "exam", "steering", "discovery", "patching", "settings", "patch_settings", "judge_settings", "sweep_settings",
         "variants", "paper_names",
     },
     {"stacked"},

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -430,7 +431,7 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(world, finished, small_disk
     with pytest.raises(RunError, match="causal-lambda100-seed0: cannot be written: .*No space left") as caught:
         run_sweep(config, fill)
     assert "\n" not in str(caught.value)
-    assert {path.name for path in (config.output / "trials").iterdir()} == {
+    assert {path.name for path in (config.output / "trials").glob("[!.]*")} == {
         "base", "baseline-lambda0-seed0", "causal-lambda1-seed0",
     }  # fmt: skip
     ballast.unlink()
@@ -524,6 +525,56 @@ def test_five_kills_change_nothing(world):
             mine, theirs = killed / "trials" / folder.name / name, folder / name
             assert mine.exists() == theirs.exists()
             assert not mine.exists() or mine.read_bytes() == theirs.read_bytes(), f"{folder.name}/{name}"
+
+
+def killed_after(step, stage, run, *arguments):
+    """Run in a process of its own, which is killed when this step of a stage is made; a checkpoint is always due."""
+
+    def work():
+        from lockin_fast import checkpoint
+
+        def progress(name, done, total):
+            if name.endswith(stage) and done == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        checkpoint.PATIENCE = 0
+        torch.set_num_threads(1)
+        run(*arguments, progress)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def made_anew(run, config, stage):
+    """The counts that a run shows of a stage."""
+    seen = []
+    run(config, lambda name, done, total: seen.append((name, done)))
+    return [done for name, done in seen if name.endswith(stage) and done]
+
+
+@pytest.mark.parametrize(("step", "first"), [(3, 3), (3 + 10, 3 + 10)])  # in training; when the first replies are there
+def test_a_trial_that_is_killed_goes_on_at_the_step_in_hand(world, finished, step, first):
+    config = load_config(world, [f"output=run-{step}", "sweep.seeds=[0]"])
+    killed_after(step, "causal-lambda1-seed0", run_sweep, config)
+    assert list((config.output / "trials").glob(".trained-causal-lambda1-seed0*"))
+    assert made_anew(run_sweep, config, "causal-lambda1-seed0")[0] == first
+    assert not list((config.output / "trials").glob(".*"))
+    for name in ("replies.jsonl", "metrics.jsonl", "adapter_model.safetensors"):
+        mine, theirs = (run / "trials" / "causal-lambda1-seed0" / name for run in (config.output, finished[0].output))
+        assert mine.read_bytes() == theirs.read_bytes()
+
+
+def test_a_single_fine_tune_that_is_killed_goes_on_too(world):
+    config = load_config(world, ["output=run-train", "block.latents=latents/causal.json", "block.weight=10"])
+    killed_after(3, "training", run_training, config)
+    assert made_anew(run_training, config, "training") == [3]
+    undisturbed = load_config(world, ["output=run-whole", "block.latents=latents/causal.json", "block.weight=10"])
+    run_training(undisturbed)
+    files = [run.output / "adapter" / "adapter_model.safetensors" for run in (config, undisturbed)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert not [path for path in config.output.iterdir() if path.name.startswith(".") and path.name != ".lock"]
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from lockin_fast import watching
 from lockin_fast.chat import ChatDataset
 from lockin_fast.lora import adapter
 from lockin_fast.train import LoraSettings, TrainSettings, fine_tune
-from lockin_fast.watching import EpochWatch
+from lockin_fast.watching import Watch
 
 LORA = LoraSettings(r=4, alpha=8)
 SETTINGS = TrainSettings(steps=3, batch_size=8, learning_rate=1e-2, logging_steps=2)
@@ -311,11 +311,13 @@ def test_epochs_are_told_and_their_time_is_not_training(tmp_path, tokenizer, row
     def epoch_done(epoch, model):
         told.append((epoch, model.training, type(model).__name__))
         away[0] += 1e6
+        return {"epoch": epoch}
 
-    watch = EpochWatch(lambda step, total: told.append((step, total)), epoch_done)
+    watch = Watch(lambda step, total: told.append((step, total)), epoch_done)
     settings = dataclasses.replace(SETTINGS, steps=4, batch_size=8)
     result = train(tiny.model(), tokenizer, rows, tmp_path / "out", settings=settings, progress=watch)
     assert [entry for entry in told if len(entry) == 2] == [(step, 4) for step in range(1, 5)]
     epochs = [entry for entry in told if len(entry) == 3]
     assert epochs == [(1.0, True, "PeftModelForCausalLM"), (1.333333, True, "PeftModelForCausalLM")]
+    assert watch.epochs == [{"epoch": 1.0}, {"epoch": 1.333333}]
     assert 0 < result.seconds_per_step < 1e5

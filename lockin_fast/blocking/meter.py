@@ -29,6 +29,14 @@ class LossMeter:
         self._sums = values if self._sums is None else self._sums.add_(values)
         self._steps += share
 
+    def state(self) -> tuple[Tensor | None, float]:
+        """What `restore` goes on from: the sums since the last row, None where nothing came, and the steps."""
+        return self._sums, self._steps
+
+    def restore(self, sums: Tensor | None, steps: float) -> None:
+        """Go on from what `state` gave."""
+        self._sums, self._steps = sums, steps
+
     def drain(self, gather=None) -> dict[str, float]:
         """Means since the last call: each loss a step, active_fraction of pairs if any. Empty if nothing came.
 

@@ -56,11 +56,11 @@ class LatentBlockMixin:
             keep_trainable(unwrap(self.model))  # the reference's pass and the trainer's evaluation run in eval mode
         self.loss_terms = terms
         self._bound_model = None
-        self._loss_meter = LossMeter(tuple(dict.fromkeys(term.column for term in terms)))
+        self.loss_meter = LossMeter(tuple(dict.fromkeys(term.column for term in terms)))
 
     def train(self, *args, **kwargs):
         check_supervised(self.train_dataset)
-        self._loss_meter.reset()
+        self.loss_meter.reset()
         self._bound_model = None  # adapters may have come or gone since the last time
         return super().train(*args, **kwargs)
 
@@ -153,11 +153,11 @@ class LatentBlockMixin:
         # A loss that is not scaled yet is divided by the accumulation steps after compute_loss.
         part = 1.0 if self._scaled_for_accumulation(num_items_in_batch) else share
         losses = {name: value * part for name, value in {"sft_loss": sft_loss.detach(), **dict(values)}.items()}
-        self._loss_meter.add(losses, active, pairs, share=share)
+        self.loss_meter.add(losses, active, pairs, share=share)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs or "train_loss" in logs:
-            means = self._loss_meter.drain(self.accelerator.gather if self.args.world_size > 1 else None)
+            means = self.loss_meter.drain(self.accelerator.gather if self.args.world_size > 1 else None)
             for name, value in means.items():
                 if not math.isfinite(value):
                     raise FloatingPointError(

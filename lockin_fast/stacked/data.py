@@ -1,6 +1,5 @@
 """Which rows every adapter trains on at every step, and the batches they make together."""
 
-import hashlib
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -82,12 +81,3 @@ def micro_batches(dataset, rows: Sequence[Sequence[int]], of: Sequence[int], mic
         chosen = [dataset[row] for batch in ordered for row in batch[start : start + micro]]
         made = {key: value.unflatten(0, (len(rows), -1)) for key, value in collate(chosen).items()}
         yield StackedBatch(made["input_ids"], made["labels"], made["attention_mask"], torch.as_tensor(of))
-
-
-def digest(dataset) -> str:
-    """16 hex digits of the tokens and labels of all rows, in their order."""
-    found = hashlib.sha256()
-    for row in dataset:
-        for name in ("input_ids", "labels"):
-            found.update(len(row[name]).to_bytes(8, "little") + row[name].numpy().tobytes())
-    return found.hexdigest()[:16]

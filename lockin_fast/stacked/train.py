@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from lockin_fast.blocking.mixin import checked_terms
 from lockin_fast.blocking.terms import LossTerm
-from lockin_fast.chat import ChatDataset, PaddingCollator
+from lockin_fast.chat import ChatDataset, PaddingCollator, digest
+from lockin_fast.checkpoint import Checkpoint, check_same
 from lockin_fast.labels import targets
 from lockin_fast.lora import LoraSettings, check_lora, is_checkpointing, start_checkpointing, stop_checkpointing
 from lockin_fast.quantized import keep_trainable
-from lockin_fast.stacked.checkpoint import Checkpoint, check_same
-from lockin_fast.stacked.data import RowOrder, digest, epochs_passed, micro_batches, total_steps
+from lockin_fast.stacked.data import RowOrder, epochs_passed, micro_batches, total_steps
 from lockin_fast.stacked.meter import StackedMeter, not_finite
 from lockin_fast.stacked.objective import Objective
 from lockin_fast.stacked.size import rows_of_a_forward, rows_of_an_adapter
@@ -71,8 +71,8 @@ def train_stack(
 
     model, dataset: as for `fine_tune`; the model is handed back as it was. settings.seed is not used: a member's own
     seed draws its weights and the order of its data. micro_batch_size bounds the rows of a forward of all adapters (see
-    `rows_of_a_forward`). checkpoint: what is written every so often and after the last step, and what a later call with
-    the same members goes on from, to the same bytes, or one with some of them; the caller removes it.
+    `rows_of_a_forward`). checkpoint: what is written after a step whenever it is due and after the last, and what a
+    later call with the same members goes on from, to the same bytes, or one with some of them; the caller removes it.
     progress(step, total) is called after every step.
 
     An adapter whose loss or gradient is not finite is dropped at the next logging step and says so in its `failure`.

@@ -44,6 +44,7 @@ MAY_GROW = (
 )
 BYTES_PER_REPLY = 4096
 SLACK_BYTES = 2**21  # summary, figures and report
+STATES = 2 * 3  # of an adapter in training: weights and two moments, in the newest file and the one before it
 
 
 def run_sweep(config: Config, progress: Progress = silent) -> dict[str, Any]:
@@ -81,8 +82,7 @@ def run_sweep(config: Config, progress: Progress = silent) -> dict[str, Any]:
     missing = batches(trials, run / "trials", stacks(trials, inputs))
     replies = sum(map(len, exam.prompts.values()))
     folders = sum(len(batch.folders) for batch in missing)
-    largest = max((len(batch.trials) for batch in missing), default=1)  # a stack keeps weights and moments on the way
-    kept = 3 * largest * adapter_bytes(inputs) if largest > 1 else 0
+    kept = STATES * max((len(batch.trials) for batch in missing), default=0) * adapter_bytes(inputs)
     check_place(run, SLACK_BYTES + kept + folders * (adapter_bytes(inputs) + BYTES_PER_REPLY * replies))
 
     with claim(run, "sweep", entry | {"versions": versions()}, may_grow=MAY_GROW) as record:

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from lockin_fast import processes
+from lockin_fast.checkpoint import Checkpoint
 from lockin_fast.config import Config, ConfigError, naming
 from lockin_fast.inputs import adapter_bytes, check_files, input_hashes, open_inputs
 from lockin_fast.judge_settings import JudgeSettings
@@ -20,9 +21,10 @@ from lockin_fast.rundir import (
     write_json_lines,
 )
 from lockin_fast.sweep.methods import Setup
-from lockin_fast.sweep.run import SLACK_BYTES, write_config
+from lockin_fast.sweep.run import SLACK_BYTES, STATES, write_config
 from lockin_fast.sweep.trial import train_into
 from lockin_fast.train import check_reach
+from lockin_fast.watching import Watch
 
 SECTIONS = ("quantization", "lora", "train", "block")
 
@@ -31,8 +33,9 @@ def run_training(config: Config, progress: Progress = silent) -> dict[str, Any]:
     """Train one adapter into `config.output`/adapter, an ordinary PEFT folder with result.json; return its result.
 
     Blocks `block.latents` at lambda `block.weight`; trains unblocked when neither is given, or weight is 0. A finished
-    run is not repeated, a run of other settings or inputs in the same folder is refused. Everything is checked before
-    training. Raises as `run_sweep`.
+    run is not repeated, one that was killed goes on from its checkpoint (that of several processes starts again), a run
+    of other settings or inputs in the same folder is refused. Everything is checked before training. Raises as
+    `run_sweep`.
 
     Started by torchrun, the processes train together, and the first holds the folder, writes and reports progress.
     """
@@ -58,7 +61,7 @@ def run_training(config: Config, progress: Progress = silent) -> dict[str, Any]:
     penalties = (inputs.penalty("block", weight),) if blocked else ()
     with naming("lora.layers"):
         check_reach(config.lora, penalties)
-    check_place(run, SLACK_BYTES + adapter_bytes(inputs))
+    check_place(run, SLACK_BYTES + (1 + STATES) * adapter_bytes(inputs))
     setup = Setup(config.lora, penalties)
     named = {"adapter": str(run / "adapter"), "lambda": weight}
     if not processes.is_first():
@@ -66,11 +69,12 @@ def run_training(config: Config, progress: Progress = silent) -> dict[str, Any]:
 
     with claim(run, "train", entry | {"versions": versions()}) as record:
         write_config(config, run)
+        checkpoint = Checkpoint(run / ".adapter.safetensors")
+        watch = Watch(lambda step, total: progress("training", step, total), checkpoint=checkpoint)
         with atomic_folder(run / "adapter") as partial:
-            row = named | train_into(
-                partial, inputs, setup, config.train.seed, lambda step, total: progress("training", step, total)
-            )
+            row = named | train_into(partial, inputs, setup, config.train.seed, watch)
             write_json(partial / "result.json", row)
+        checkpoint.remove()
         record(kernels=kernels())
         write_json_lines(run / "metrics.jsonl", read_json_lines(run / "adapter" / "metrics.jsonl"))
         return row

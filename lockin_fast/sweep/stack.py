@@ -1,16 +1,17 @@
 """Several trials at once: their adapters train together, and answer the prompts together."""
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lockin_fast.checkpoint import Checkpoint, after, stored_state
 from lockin_fast.config import ConfigError
 from lockin_fast.exam import Exam, question
 from lockin_fast.inputs import Inputs
 from lockin_fast.rundir import atomic_folder, write_json_lines
 from lockin_fast.stacked import Member, StackResult, train_stack
-from lockin_fast.stacked.checkpoint import Checkpoint, stored_state
 from lockin_fast.stacked.generation import generate_stacked
 from lockin_fast.stacked.size import adapters_of_a_stack
 from lockin_fast.stacked.stack import check_stackable, exporting
@@ -58,8 +59,8 @@ def stacks(trials: Sequence[Trial], inputs: Inputs) -> list[tuple[Trial, ...]]:
 def run_stack(trials: Sequence[Trial], inputs: Inputs, exam: Exam, folders: Sequence[Path], progress: Step) -> None:
     """Run all the trials as one stack, and write for each the folder that `run_trial` would write.
 
-    The state of the stack is kept beside the folders every so often and at the end of training, and removed with the
-    last folder: a killed run goes on from there. `progress(done, total)` counts optimiser steps, then replies.
+    The state of the stack is kept beside the folders (see `Checkpoint`) and removed with the last of them: a killed run
+    goes on from there. `progress(done, total)` counts optimiser steps, then replies.
     Raises RunError when the disk is full, and FloatingPointError, when all the others are finished, for trials that
     diverged.
     """
@@ -84,7 +85,7 @@ def run_stack(trials: Sequence[Trial], inputs: Inputs, exam: Exam, folders: Sequ
                 save(adapter, partial)
                 write_json_lines(partial / "metrics.jsonl", result.members[n].history)
                 write_result(partial, trials[n], inputs, replies, _numbers(result, n))
-    checkpoint.path.unlink(missing_ok=True)
+    checkpoint.remove()
     failures: dict[str, list[str]] = {}
     for trial, member in zip(trials, result.members, strict=True):
         if member.failure:
@@ -134,15 +135,18 @@ def _state_file(trials: Sequence[Trial], folders: Sequence[Path]) -> Path:
 
 def stored_stack(trials: Sequence[Trial], folders: Sequence[Path]) -> Path | None:
     """The state file of a stack that holds all of these trials, the stack of just them first."""
-    wanted = {trial.name for trial in trials}
-    own, others = _state_file(trials, folders), sorted(folders[0].parent.glob(STORED))
-    for path in (own, *others):
-        if path.exists() and wanted <= {member["name"] for member in stored_state(path).get("members", ())}:
+    wanted, own = {trial.name for trial in trials}, _state_file(trials, folders)
+    others = {after(path) for path in own.parent.glob(f"{STORED}*")} - {own}
+    for path in (own, *sorted(others)):
+        state = stored_state(path)
+        if wanted <= {member["name"] for member in state.get("members", ())}:
             return path
+        if not state and path != own:  # reading its own state says so itself
+            warnings.warn(f"{path} is damaged; the trials in it start from their beginning", stacklevel=2)
     return None
 
 
 def remove_stored(folder: Path) -> None:
     """Remove the states of stacks whose trials are all finished by now."""
-    for path in folder.glob(STORED):
+    for path in folder.glob(f"{STORED}*"):
         path.unlink()

@@ -9,6 +9,7 @@ from typing import Any
 
 from lockin_fast import processes
 from lockin_fast.blocking import intervening
+from lockin_fast.checkpoint import Checkpoint
 from lockin_fast.exam import Exam, question
 from lockin_fast.generation import generate
 from lockin_fast.inputs import Inputs
@@ -18,11 +19,11 @@ from lockin_fast.rundir import atomic_folder, remove, write_json, write_json_lin
 from lockin_fast.sweep.methods import Setup, set_up
 from lockin_fast.sweep.plan import Trial
 from lockin_fast.train import fine_tune
-from lockin_fast.watching import EpochWatch
+from lockin_fast.watching import Watch
 
 Step = Callable[[int, int], None]
 Row = Mapping[str, Any]
-TRAINED = ".trained-*"  # beside the trials' folders: adapters whose replies are not judged yet
+TRAINED = ".trained-*"  # beside the trials' folders: adapters whose replies are not judged yet, or in training
 NUMBERS = "trained.json"  # in there: what result.json will say of the training
 RATES = (  # name, prompts, what of a rating
     ("em", "final", "misaligned"),
@@ -36,9 +37,9 @@ def run_trial(trial: Trial, inputs: Inputs, exam: Exam, folder: Path, progress: 
     """Run `trial` and write `folder`: an ordinary PEFT adapter beside replies.jsonl, metrics.jsonl and result.json.
 
     The folder appears whole or not at all. What is trained is kept beside it until then, so that a judge that fails, or
-    a kill while it is at work, costs no training. Returns the content of result.json. `progress(done, total)` counts
-    optimiser steps, then replies. Raises RunError when the disk is full, FloatingPointError when training diverges,
-    JudgeError when replies cannot be rated.
+    a kill while it is at work, costs no training; a kill in training costs the step in hand (see `Checkpoint`). Returns
+    the content of result.json. `progress(done, total)` counts optimiser steps, then replies. Raises RunError when the
+    disk is full, FloatingPointError when training diverges, JudgeError when replies cannot be rated.
     """
     count = sum(map(len, exam.prompts.values()))
     kept = folder.parent / TRAINED.replace("*", folder.name)
@@ -62,14 +63,15 @@ def run_trial(trial: Trial, inputs: Inputs, exam: Exam, folder: Path, progress: 
 
 def _train(trial: Trial, inputs: Inputs, exam: Exam, kept: Path, progress: Step) -> None:
     """Fine-tune into the folder `kept`: the adapter, its metrics.jsonl, and the numbers of the training."""
-    epochs: list[dict] = []
+    checkpoint = Checkpoint(kept.with_name(f"{kept.name}.safetensors"))
+    watch = Watch(progress, _judging(trial, inputs, exam), checkpoint=checkpoint)
     with atomic_folder(kept) as partial:
-        watch = _watch(trial, inputs, exam, epochs, progress)
         try:
             trained = train_into(partial, inputs, set_up(trial, inputs), trial.seed, watch)
         except FloatingPointError as error:
             raise FloatingPointError(f"{trial.name}: {error}") from error
-        write_json(partial / NUMBERS, trained | ({"epochs": epochs} if epochs else {}))
+        write_json(partial / NUMBERS, trained | ({"epochs": watch.epochs} if watch.epochs else {}))
+    checkpoint.remove()
 
 
 def remove_trained(folder: Path) -> None:
@@ -103,7 +105,7 @@ def write_result(folder: Path, trial: Trial, inputs: Inputs, replies: Sequence[R
     write_json(folder / "result.json", result | trained)
 
 
-def train_into(folder: Path, inputs: Inputs, setup: Setup, seed: int, progress: Step) -> dict[str, Any]:
+def train_into(folder: Path, inputs: Inputs, setup: Setup, seed: int, progress: Step | Watch) -> dict[str, Any]:
     """Fine-tune and leave the adapter's files in the existing `folder`; return the numbers of the training.
 
     Of several processes the first has such a folder; the others only train.
@@ -132,20 +134,20 @@ def train_into(folder: Path, inputs: Inputs, setup: Setup, seed: int, progress: 
     )
 
 
-def _watch(trial: Trial, inputs: Inputs, exam: Exam, epochs: list[dict], progress: Step) -> Step:
-    """`progress`, or with train.evaluate_epochs one that also judges after every epoch and adds a row to `epochs`."""
+def _judging(trial: Trial, inputs: Inputs, exam: Exam) -> Callable[[float, Any], dict[str, Any]] | None:
+    """What judges the model after an epoch, with train.evaluate_epochs."""
     if not inputs.config.train.evaluate_epochs:
-        return progress
+        return None
 
-    def epoch_done(epoch: float, model: Any) -> None:
+    def epoch_done(epoch: float, model: Any) -> dict[str, Any]:
         replies = [
             reply
             for kind, records in exam.prompts.items()
             for reply in _answer(trial, inputs, exam, model, kind, records)
         ]
-        epochs.append({"epoch": epoch, **_rates(replies)})
+        return {"epoch": epoch, **_rates(replies)}
 
-    return EpochWatch(progress, epoch_done)
+    return epoch_done
 
 
 def _answer(

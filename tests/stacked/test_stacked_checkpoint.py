@@ -7,9 +7,9 @@ import tiny_llama as tiny
 import torch
 
 from lockin_fast.chat import ChatDataset
+from lockin_fast.checkpoint import Checkpoint, before, stored_state
 from lockin_fast.rundir import RunError
 from lockin_fast.stacked import Member, train_stack
-from lockin_fast.stacked.checkpoint import Checkpoint, stored_state
 from lockin_fast.train import LoraSettings, TrainSettings
 
 LORA = LoraSettings(r=2, alpha=4)
@@ -21,13 +21,19 @@ class Killed(BaseException):
     pass
 
 
+@pytest.fixture(autouse=True)
+def every_step(monkeypatch):
+    """A checkpoint is due after every step, whatever it costs."""
+    monkeypatch.setattr("lockin_fast.checkpoint.PATIENCE", 0)
+
+
 @pytest.fixture(scope="module")
 def rows():
     return ChatDataset(tiny.conversations(20), tiny.tokenizer())
 
 
 def stacked(rows, path=None, *, members=MEMBERS, settings=SETTINGS, until=None, **options):
-    """Train, and die after step `until`; a checkpoint after every step."""
+    """Train, and die after step `until`."""
     steps = []
 
     def progress(step, total):
@@ -35,7 +41,7 @@ def stacked(rows, path=None, *, members=MEMBERS, settings=SETTINGS, until=None, 
         if step == until:
             raise Killed
 
-    checkpoint = Checkpoint(path, **{"seconds": 0.0, **options}) if path else None
+    checkpoint = Checkpoint(path, **options) if path else None
     result = train_stack(
         tiny.model(), tiny.tokenizer(), rows, members, settings=settings, checkpoint=checkpoint, progress=progress
     )
@@ -52,8 +58,7 @@ def assert_same(mine, theirs, of=(0, 1, 2)):
     assert mine.members == [theirs.members[n] for n in of]
 
 
-def test_killed_after_any_step_it_goes_on_to_the_same_bytes(rows, undisturbed, tmp_path, monkeypatch):
-    monkeypatch.setattr("lockin_fast.stacked.checkpoint.SHARE", float("inf"))  # due at once, whatever writing costs
+def test_killed_after_any_step_it_goes_on_to_the_same_bytes(rows, undisturbed, tmp_path):
     path = tmp_path / "trials" / "state"
     for until, expected in ((1, [1]), (3, [2, 3]), (5, [4, 5])):
         with pytest.raises(Killed):
@@ -65,7 +70,7 @@ def test_killed_after_any_step_it_goes_on_to_the_same_bytes(rows, undisturbed, t
     again, steps = stacked(rows, path)  # the finished stack is there too
     assert steps == []
     assert_same(again, undisturbed)
-    assert [child.name for child in path.parent.iterdir()] == ["state"]
+    assert {child.name for child in path.parent.iterdir()} == {"state", "state.before"}
 
 
 def test_some_of_the_members_go_on_alone(rows, undisturbed, tmp_path):
@@ -84,24 +89,6 @@ def test_a_failure_is_remembered(rows, tmp_path):
     assert again.members == first.members and torch.equal(again.stack.weights, first.stack.weights)
 
 
-def test_it_is_due_by_time_and_by_what_writing_costs(tmp_path, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr("lockin_fast.stacked.checkpoint.time.monotonic", lambda: now[0])
-    checkpoint = Checkpoint(tmp_path / "state", seconds=30)
-    now[0] = 29.0
-    assert not checkpoint.due()
-    now[0] = 30.0
-    assert checkpoint.due()
-    times = iter([100.0, 110.0])  # a write of ten seconds
-    monkeypatch.setattr("lockin_fast.stacked.checkpoint.time.monotonic", lambda: next(times))
-    checkpoint.write({"weights": torch.zeros(2)}, {})
-    monkeypatch.setattr("lockin_fast.stacked.checkpoint.time.monotonic", lambda: now[0])
-    now[0] = 309.0
-    assert not checkpoint.due()
-    now[0] = 310.0
-    assert checkpoint.due()
-
-
 def test_the_state_of_something_else_is_refused_and_the_difference_named(rows, tmp_path):
     path = tmp_path / "state"
     stacked(rows, path)
@@ -118,17 +105,25 @@ def test_the_state_of_something_else_is_refused_and_the_difference_named(rows, t
             stacked(**{"rows": rows, "path": path} | options)
 
 
-def test_a_damaged_file_is_an_error_that_says_what_to_do(rows, tmp_path):
+def test_a_damaged_state_is_named_and_the_one_before_it_serves(rows, undisturbed, tmp_path):
     path = tmp_path / "state"
-    stacked(rows, path)
+    with pytest.raises(Killed):
+        stacked(rows, path, until=4)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(RunError, match="cannot be read .*remove it, and the stack trains from its beginning"):
-        stacked(rows, path)
-    path.write_bytes(b"nothing")
+    with pytest.warns(UserWarning, match="state is damaged .*; the training goes on from the state before it"):
+        result, steps = stacked(rows, path)
+    assert steps == [4, 5, 6]
+    assert_same(result, undisturbed)
+    for file in (path, before(path)):
+        file.write_bytes(b"nothing")
     assert stored_state(path) == {}
+    with pytest.warns(UserWarning, match="state is damaged .*; the training starts from its beginning") as told:
+        result, steps = stacked(rows, path)
+    assert steps == [1, 2, 3, 4, 5, 6] and len(told) == 2
+    assert_same(result, undisturbed)
 
 
 def test_a_place_that_cannot_be_written_is_named(rows, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="the stack's state cannot be written"):
+    with pytest.raises(RunError, match="the training's state cannot be written"):
         stacked(rows, tmp_path / "file" / "state")

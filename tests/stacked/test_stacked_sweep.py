@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lockin_fast.checkpoint import before
 from lockin_fast.config import ConfigError, load_config
 from lockin_fast.inputs import open_inputs
-from lockin_fast.rundir import RunError
 from lockin_fast.sweep import engines, plan, run_sweep, stack
 from lockin_fast.sweep.engines import TrialsFailed
 
@@ -106,18 +106,17 @@ def test_what_was_grouped_does_not_depend_on_what_is_finished(world, tmp_path):
     assert [batch.trials for batch in rest] == [(trials[0],), left, stacks[2]]
 
 
-def start(world, output, kill=None, seconds=0.0):
+def start(world, output, kill=None):
     """The sweep in a process of its own, which kills itself at this stage and count."""
 
     def work():
-        from lockin_fast.stacked import checkpoint
+        from lockin_fast import checkpoint
 
         def progress(stage, done, total):
             if kill == (stage, done):
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        checkpoint.Checkpoint.__init__.__kwdefaults__["seconds"] = seconds
-        checkpoint.SHARE = float("inf")
+        checkpoint.PATIENCE = 0
         torch.set_num_threads(1)
         sweep(world, output, progress=progress)
 
@@ -212,14 +211,17 @@ def test_left_open_the_number_is_found_and_is_no_part_of_the_runs_identity(world
         load_config(world, ["sweep.stack=0"])
 
 
-def test_a_damaged_state_says_what_to_do(world, tmp_path):
+def test_a_damaged_state_is_named_and_its_stack_starts_again(world, together, tmp_path):
     output = tmp_path / "run"
     process = start(world, output, kill=("[2-5/7] 4 adapters", 3))
     process.join(120)
     (state,) = (output / "trials").glob(stack.STORED)
     state.write_bytes(state.read_bytes()[:-8])
-    with pytest.raises(RunError, match="cannot be read .*remove it, and the stack trains from its beginning"):
-        sweep(world, output)
+    before(state).unlink()
+    with pytest.warns(UserWarning, match="stack-.* is damaged .*; the training starts from its beginning"):
+        config, _ = sweep(world, output)
+    assert_undisturbed(config, together)
+    assert not list((output / "trials").glob(".*"))
 
 
 @pytest.mark.slow  # sweeps anew after every kill
