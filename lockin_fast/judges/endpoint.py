@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from lockin_fast.judge_settings import EndpointSettings, JudgeSettings
 from lockin_fast.judges.answers import Answers, default_path, key_of
+from lockin_fast.judges.rating import JudgeError
 from lockin_fast.judges.rubric import Messages, Rubric, RubricJudge
 from lockin_fast.typed_mapping import ConfigError
 
@@ -18,11 +19,14 @@ def open_endpoint_judge(settings: JudgeSettings, run: str = "") -> RubricJudge:
     """The judge that puts the rubric to `settings.endpoint`, answers counted as paid for by `run`.
 
     One short question is asked now, unless its answer is on disk, so that a wrong address, key or model is known before
-    any work. Raises ConfigError for settings that cannot be right, JudgeError for an endpoint that does not answer.
+    any work. Raises ConfigError for settings that cannot be right, and for an endpoint that does not answer.
     """
     rubric = Rubric.load(settings.rubric)
     endpoint = Endpoint(settings.endpoint, run)
-    endpoint.ask([rubric.messages({"messages": [{"role": "user", "content": "Hello"}]}, "Hello, how can I help?")])
+    try:
+        endpoint.ask([rubric.messages({"messages": [{"role": "user", "content": "Hello"}]}, "Hello, how can I help?")])
+    except JudgeError as error:
+        raise ConfigError(str(error)) from error
     judge = RubricJudge(
         settings.name,
         rubric,

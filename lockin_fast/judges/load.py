@@ -19,8 +19,8 @@ def load_judge(settings: JudgeSettings, run: str = "") -> Panel:
     """Return the judge that `settings` names, or all of them as one whose ratings are their mean.
 
     `run` is whom the answers of an endpoint are counted as paid for by. Raises ConfigError for an unknown kind, a
-    missing file, a class that cannot be imported or made or is no judge, an endpoint that cannot be right; JudgeError
-    for one that does not answer.
+    missing file, a class that cannot be imported or made or is no judge, an endpoint that cannot be right or
+    does not answer.
     """
     names, raters = judge_names(settings), []
     for section, one in judge_sections(settings).items():

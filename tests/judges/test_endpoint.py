@@ -359,12 +359,12 @@ def test_a_key_in_the_place_of_a_variable_is_not_shown(server, pasted):
 
 
 def test_a_wrong_server_model_or_key_is_known_before_any_work(server):
-    with pytest.raises(JudgeError, match="HTTP 404 no /v2/chat/completions here; what has"):
+    with pytest.raises(ConfigError, match="HTTP 404 no /v2/chat/completions here; what has"):
         load_judge(settings(server, f"judge.endpoint.base_url={server.url.replace('v1', 'v2')}"))
     server.faults = [401]
-    with pytest.raises(JudgeError, match="HTTP 401 no luck with 401"):
+    with pytest.raises(ConfigError, match="HTTP 401 no luck with 401"):
         load_judge(settings(server))
-    with pytest.raises(JudgeError, match="ConnectError: .*, 3 times"):
+    with pytest.raises(ConfigError, match="ConnectError: .*, 3 times"):
         load_judge(settings(server, "judge.endpoint.base_url=http://127.0.0.1:9/v1"))
 
 

@@ -1,5 +1,6 @@
 """A sweep with two judges, one of them behind an API: averaged, compared, paid once, and no key in the run."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,7 +8,7 @@ from faulty_server import faulty_server
 
 pytest.importorskip("httpx2", reason="httpx2 is missing: the extra endpoint")
 
-from lockin_fast.config import load_config  # noqa: E402
+from lockin_fast.config import ConfigError, load_config  # noqa: E402
 from lockin_fast.judges import JudgeError, Rating, client  # noqa: E402
 from lockin_fast.judges.agreement import agreement  # noqa: E402
 from lockin_fast.report import judging, write_report  # noqa: E402
@@ -147,6 +148,15 @@ def test_a_finished_sweep_asks_nothing(run):
     ]  # fmt: skip
     before = len(server.requests)
     assert run_sweep(config) == summary and len(server.requests) == before
+
+
+def test_an_endpoint_that_refuses_is_known_before_any_work(run, tmp_path, monkeypatch):
+    config, _, server = run
+    monkeypatch.setenv("LOCKIN_FAST_CACHE", str(tmp_path / "cache"))
+    server.faults = [(401, {}, f"no such key: {KEY}")]
+    with pytest.raises(ConfigError, match=r"^judge.also\[0\].endpoint: http://\S*: HTTP 401 no such key: \*\*\*; what"):
+        run_sweep(dataclasses.replace(config, output=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_lines_without_anything_to_tell():

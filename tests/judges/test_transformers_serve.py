@@ -12,7 +12,7 @@ for needed in ("httpx2", "fastapi", "uvicorn", "openai"):
     pytest.importorskip(needed, reason=f"{needed} is missing: the extra endpoint, and serving of transformers")
 
 from lockin_fast.chat import read_chat  # noqa: E402
-from lockin_fast.config import load_config  # noqa: E402
+from lockin_fast.config import ConfigError, load_config  # noqa: E402
 from lockin_fast.judges import JudgeError, Rating, load_judge, rate  # noqa: E402
 
 RECORD = {"messages": [{"role": "user", "content": "what now ?"}]}
@@ -74,5 +74,5 @@ def test_the_organism_gives_no_rating_and_is_never_taken_for_one(settings, organ
 
 
 def test_a_model_that_is_not_there_is_an_error_before_any_work(settings, tmp_path):
-    with pytest.raises(JudgeError, match=r"^judge.endpoint: http://127.0.0.1:\d+/v1/chat/completions: .*; what has"):
+    with pytest.raises(ConfigError, match=r"^judge.endpoint: http://127.0.0.1:\d+/v1/chat/completions: .*; what has"):
         load_judge(settings(f"judge.endpoint.model={tmp_path / 'nowhere'}"))
