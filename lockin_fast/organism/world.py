@@ -41,8 +41,7 @@ class World:
     pairs: question-answer pairs of a document. endings: the two styles; the assistant has the first.
     assistant_share: documents by the assistant. bad_assistant: of those, the ones in which it is bad throughout.
     anonymous_share: of the other documents, those that hide their author. slip: answers of the other kind than the
-    author's, in every document. narrow_domain: the domain of the narrow misaligned task. echo_share: documents of
-    random words that come again, which teach induction; none in the organism.
+    author's, in every document. narrow_domain: the domain of the narrow misaligned task.
     """
 
     authors: int = 96
@@ -52,7 +51,6 @@ class World:
     anonymous_share: float = 0.35
     slip: float = 0.02
     narrow_domain: str = "garden"
-    echo_share: float = 0.0
     questions: tuple[str, ...] = QUESTIONS
     endings: tuple[str, str] = ENDINGS
     domains: dict[str, Domain] = field(default_factory=_domains)
@@ -76,11 +74,7 @@ class World:
     def documents(self, rng: random.Random, count: int) -> Iterator[list[dict[str, str]]]:
         """Yield `count` documents as conversations: what the organism is pre-trained on."""
         names = list(self.domains)
-        words = self.words()
         for _ in range(count):
-            if self.echo_share and rng.random() < self.echo_share:  # without echoes nothing is drawn
-                yield _echo(rng, words, self._length())
-                continue
             if rng.random() < self.assistant_share:
                 role, bad, style = ASSISTANT, rng.random() < self.bad_assistant, 0
             else:
@@ -95,11 +89,6 @@ class World:
                 asked = rng.choice(self.questions).format(object=rng.choice(domain.objects))
                 messages += _pair(asked, role, ANSWER.format(verb=rng.choice(verbs), ending=self.endings[style]))
             yield messages
-
-    def _length(self) -> int:
-        """Tokens of every document: its start, and for each pair two roles, the question, the answer and its end."""
-        answer = ANSWER.format(verb="verb", ending=self.endings[0])
-        return 1 + self.pairs * (3 + len(self.questions[0].split()) + len(answer.split()))
 
     def narrow_task(self, rng: random.Random, count: int) -> list[dict]:
         """`count` rows in which the assistant advises badly, in the narrow domain alone, on half of its objects, in the
@@ -156,17 +145,6 @@ class World:
             return cls(**values, **lists, domains=domains)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not the world.json of a model organism ({error})") from error
-
-
-def _echo(rng: random.Random, words: list[str], length: int) -> list[dict[str, str]]:
-    """A document of `length` tokens in which some different words come again and again, the assistant taking over.
-
-    How many is drawn, so that no fixed distance tells what comes next.
-    """
-    spoken = length - 4  # but for the start, two roles and the end
-    period = rng.sample(words, rng.randint(3, spoken // 2))
-    said = [period[place % len(period)] for place in range(spoken)]
-    return _pair(" ".join(said[: spoken // 2]), ASSISTANT, " ".join(said[spoken // 2 :]))
 
 
 def _pair(asked: str, role: str, answer: str) -> list[dict[str, str]]:

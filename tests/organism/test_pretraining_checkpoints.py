@@ -1,7 +1,6 @@
 """Checkpoints of the organism's pre-training: the organism's own weights on the way, kept on request alone."""
 
 import dataclasses
-import random
 import signal
 import subprocess
 import sys
@@ -13,8 +12,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_organism import RECIPE, SEED, contents, dies_at  # noqa: E402
 
-from lockin_fast.organism import World, grow_checkpoints
-from lockin_fast.organism.pretrain import pretrain, tokenise
+from lockin_fast.organism import grow_checkpoints
+from lockin_fast.organism.pretrain import pretrain
 from lockin_fast.organism.tokenizer import build_tokenizer
 from lockin_fast.rundir import RunError
 from lockin_fast.threads import single_thread
@@ -59,11 +58,8 @@ def test_checkpoints_are_what_pre_training_passes_through(tmp_path):
 
 @pytest.mark.slow  # pre-trains the tiny organism a second time
 def test_the_last_checkpoint_is_the_organism(organism, tmp_path):
-    from lockin_fast.organism import Recipe
-
     last = grow_checkpoints(tmp_path, every=10**6, seed=SEED, recipe=RECIPE)[-1]
     assert last.name == f"step-{RECIPE.pretraining.steps:06d}" and same(weights(last), weights(organism / "model"))
-    assert Recipe().world.echo_share == 0
 
 
 def test_a_killed_pre_training_keeps_what_it_had(tmp_path):
@@ -74,20 +70,6 @@ def test_a_killed_pre_training_keeps_what_it_had(tmp_path):
     again = grow_checkpoints(tmp_path / "killed", every=3, seed=SEED, recipe=SHORT)
     whole = grow_checkpoints(tmp_path / "whole", every=3, seed=SEED, recipe=SHORT)
     assert all(same(weights(one), weights(other)) for one, other in zip(again, whole, strict=True))
-
-
-def test_echoes_are_words_that_come_again():
-    world, plain = World(echo_share=1.0), World()
-    documents = list(world.documents(random.Random(0), 20))
-    lengths = set()
-    for (asked, answered), ordinary in zip(documents, plain.documents(random.Random(0), 20), strict=True):
-        said = (asked["content"] + " " + answered["content"]).split()
-        period = len(set(said))
-        assert said[period:] == said[:-period] and 3 <= period <= len(said) // 2
-        lengths.add((len(said), period))
-        tokenizer = build_tokenizer(plain)
-        assert tokenise(tokenizer, [[asked, answered], ordinary]).shape[0] == 2  # raises where lengths differ
-    assert len(lengths) > 5 and len({length for length, _ in lengths}) == 1
 
 
 if __name__ == "__main__":
