@@ -185,17 +185,42 @@ def sweep(
     _note_slow_kernels()
 
 
+@app.command(epilog="Example: lockin-fast patch config.yaml --set output=runs/patched --set patch.layers='[0, 8, 16]'")
+def patch(
+    config: ConfigFile,
+    set_: Overrides = None,
+    circuits: Annotated[
+        bool, typer.Option("--circuits", help="Also score attention heads for induction and copying.")
+    ] = False,
+) -> None:
+    """Find where misalignment lives: put states of the base into the misaligned model, and back, layer by layer."""
+    from lockin_fast.patching.circuits import run_circuits
+    from lockin_fast.patching.run import run_patching
+    from lockin_fast.report import write_report
+
+    settings = _load(config, set_)
+    with terminal.shown_progress() as progress:
+        found = run_patching(settings, progress)
+        if circuits or settings.patch.circuits:
+            run_circuits(settings, progress)
+    terminal.show_patching(found)
+    terminal.line()
+    write_report(settings.output)
+    terminal.show_run(settings.output)
+    _note_slow_kernels()
+
+
 @app.command(epilog="Example: lockin-fast report runs/sweep, or: lockin-fast report demo --beside demo1 demo2")
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN [OTHER]...", help="The output folders of finished sweeps.")
+        list[Path], typer.Argument(metavar="RUN [OTHER]...", help="The output folders of finished runs.")
     ],
     beside: Annotated[
         bool,
         typer.Option("--beside", help="Compare RUN with every OTHER; its report shows the comparison from then on."),
     ] = False,
 ) -> None:
-    """Draw the figures and write the HTML report of a finished sweep again, alone or beside other runs."""
+    """Draw the figures and write the HTML report of a finished run again; of a sweep alone or beside others."""
     from lockin_fast.report import compare, stored, write_report
 
     run, *others = runs

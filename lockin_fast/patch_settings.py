@@ -23,7 +23,8 @@ class PatchSettings:
     misaligned model, of which a misaligned and an aligned one are contrasted. replies: replies a prompt and site are
     generated and judged; 0 leaves that out. generated: the components for whose sites that is done. attribution:
     whether every site's effect is estimated by attribution patching as well. latents: a latent set, of whose changes at
-    every layer and position set the largest are told. seed: draws samples and replies.
+    every layer and position set the largest are told. seed: draws samples and replies. circuits: whether
+    `lockin-fast patch` scores attention heads too, as its option --circuits says.
     """
 
     misaligned: Path | None = None
@@ -40,6 +41,7 @@ class PatchSettings:
     attribution: bool = True
     latents: Path | None = None
     seed: int = 0
+    circuits: bool = False
 
     def __post_init__(self):
         for name, valid, expected in (

@@ -265,6 +265,35 @@ def show_cache(summary: Mapping[str, Any]) -> None:
     line("sigma: error of an active latent; lambda up to: where its noise alone would cost a loss of 0.01")
 
 
+def show_patching(found: Mapping[str, Any]) -> None:
+    """For each direction a table of layers by positions, then what stands out. A narrow terminal cuts its lines."""
+    from lockin_fast.report import patching
+
+    wide = out if out.is_terminal else Console(width=WIDE, highlight=False)
+    for table in patching.grids(found):
+        line()
+        line(table["title"], style="bold")
+        line(table["note"])
+        wide.print(_table(table["headings"], table["rows"]))
+    if found["latents"]:
+        line()
+        wide.print(_table(patching.LATENT_HEADINGS, patching.latent_rows(found)))
+    if told := patching.agreements(found):
+        line()
+        line("attribution patching against what was measured, over sites")
+        wide.print(_table(patching.AGREEMENT_HEADINGS, told))
+    if said := patching.headline(found):
+        line()
+        sentence(said)
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    grid = _grid(headings[0], *headings[1:])
+    for row in rows:
+        grid.add_row(*row)
+    return grid
+
+
 def show_run(run: Path) -> None:
     """Where the report and the figures of a run are."""
     line(f"report:  {run / 'report.html'}")

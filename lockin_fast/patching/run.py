@@ -29,7 +29,8 @@ from lockin_fast.patching.sites import Site
 from lockin_fast.patching.states import Cached, Clean, Dense, FourBit, Pass, Source
 from lockin_fast.patching.summary import summarise
 from lockin_fast.progress import Progress, silent
-from lockin_fast.rundir import check_claim, check_place, claim, hash_files, write_json
+from lockin_fast.provenance import versions
+from lockin_fast.rundir import check_claim, check_place, claim, hash_files, write_json, write_text
 
 FILE = "patching.json"
 FOLDER = "patching"  # in the run, of what is kept meanwhile
@@ -48,6 +49,8 @@ def run_patching(config: Config, progress: Progress = silent) -> dict[str, Any]:
     Raises ConfigError before any work, one line that names the setting; and for an adapter whose replies are never of
     both kinds.
     """
+    import yaml
+
     files = input_files(config)
     run = config.output
     check_place(run, NEEDED_BYTES)
@@ -59,7 +62,10 @@ def run_patching(config: Config, progress: Progress = silent) -> dict[str, Any]:
         return json.loads((run / FILE).read_text(encoding="utf-8"))
     inputs = open_patch_inputs(config)
     held = _held(inputs, progress)
+    entry["versions"] = versions()
     with claim(run, "patch", entry), adapter(inputs.model, misaligned_adapter(config)) as adapted:
+        if not (run / "config.yaml").exists():  # else it is that of a sweep
+            write_text(run / "config.yaml", yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True))
         sweep = _Sweep(inputs, adapted.eval(), held, progress)
         found = sweep.logits()
         log = sweep.replies()

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lockin_fast.report import circuits, discovery, judging, robustness
+from lockin_fast.report import discovery, judging, robustness
 from lockin_fast.report.epochs import draw_epochs
 from lockin_fast.report.figures import blocked_alone, draw_figures
 from lockin_fast.report.methods import draw_methods
+from lockin_fast.report.sections import read_sections
 from lockin_fast.report.text import HEADINGS, headline, setting, table
 from lockin_fast.rundir import read_json_lines, write_text
 
@@ -34,19 +35,34 @@ CAPTIONS = {
 
 
 def write_report(run: str | Path) -> Path:
-    """Draw the figures of the finished sweep in the folder `run`, write its report.html, and return its path.
+    """Draw the figures of what is finished in the folder `run`, write its report.html, and return its path.
 
-    The file carries its images, styles and script; it shows the headline, the table, the figures, replies before and
-    after blocking to prompts taken at even distances (not picked), the configuration and where everything came from;
-    what discovery found where `run` has a discovery.json, and other runs once `robustness.compare` has named them.
-    Raises RunError when `run` holds no finished sweep, ImportError naming the extra when jinja2 or matplotlib is
-    missing.
+    The file carries its images, styles and script. Of a sweep it shows the headline, the table, the figures, replies
+    before and after blocking to prompts taken at even distances (not picked), and other runs once `robustness.compare`
+    has named them; what discovery, patching and the search for circuits found, as far as `run` holds it; the
+    configuration and where everything came from.
+    Raises RunError when `run` holds nothing of these, ImportError naming the extra when jinja2 or matplotlib is missing.
     """
     run = Path(run)
-    summary = robustness.read_summary(run)
+    sections = [_section(section) for section in read_sections(run)]
     found = discovery.read_discovery(run)
+    summary = None
+    if (run / "summary.json").exists() or not (sections or found):
+        summary = robustness.read_summary(run)
+    page = _template().render(
+        **(_sweep(summary, run) if summary else {"rows": []}),
+        sections=sections,
+        discovery=found and _discovery(found, summary, run / "figures"),
+        config=_text_of(run / "config.yaml"),
+        provenance=_provenance(_json_of(run / "manifest.json")),
+    )
+    write_text(run / "report.html", page)
+    return run / "report.html"
+
+
+def _sweep(summary: Mapping[str, Any], run: Path) -> dict[str, Any]:
+    """What the page shows of a finished sweep."""
     others = robustness.stored(run)
-    heads = circuits.read_circuits(run)
     figures = [
         {"name": path.stem, "data": _encoded(path), "caption": CAPTIONS[path.stem]}
         for path in [
@@ -55,23 +71,24 @@ def write_report(run: str | Path) -> Path:
             *draw_epochs(summary, _traces(run), run / "figures"),
         ]
     ]
-    page = _template().render(
-        headline=headline(summary),
-        headings=HEADINGS,
-        rows=table(summary),
-        judging={"lines": judging.lines(summary), "headings": judging.HEADINGS, "rows": judging.rows(summary)},
-        figures=figures,
-        others=others and _others(others),
-        discovery=found and _discovery(found, summary, run / "figures"),
-        circuits=heads and _circuits(heads, run / "figures"),
-        samples=_samples(run, summary),
-        best=summary["best"],
-        baseline=summary["baseline"],
-        config=_text_of(run / "config.yaml"),
-        provenance=_provenance(_json_of(run / "manifest.json").get("sweep", {})),
-    )
-    write_text(run / "report.html", page)
-    return run / "report.html"
+    return {
+        "headline": headline(summary),
+        "headings": HEADINGS,
+        "rows": table(summary),
+        "judging": {"lines": judging.lines(summary), "headings": judging.HEADINGS, "rows": judging.rows(summary)},
+        "figures": figures,
+        "others": others and _others(others),
+        "samples": _samples(run, summary),
+        "best": summary["best"],
+        "baseline": summary["baseline"],
+    }
+
+
+def _section(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The section with its figures as the page carries them."""
+    return {**section, "figures": [
+        {"name": path.stem, "data": _encoded(path), "caption": caption} for path, caption in section["figures"]
+    ]}  # fmt: skip
 
 
 def _traces(run: Path) -> dict[str, list[tuple[float, float]]]:
@@ -103,19 +120,10 @@ def _others(comparison: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _discovery(found: Mapping[str, Any], summary: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _discovery(found: Mapping[str, Any], summary: Mapping[str, Any] | None, folder: Path) -> dict[str, Any]:
     section = discovery.section(found, summary, folder)
     figures = [{"name": path.stem, "data": _encoded(path), "caption": caption} for path, caption in section["figures"]]
     return section | {"figures": figures}
-
-
-def _circuits(found: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    captions = circuits.captions(found)
-    paths = circuits.draw_circuits(found, folder)
-    return {
-        "verdict": circuits.verdict(found),
-        "figures": [{"name": path.stem, "data": _encoded(path), "caption": captions[path.stem]} for path in paths],
-    }
 
 
 def _encoded(path: Path) -> str:
@@ -140,8 +148,9 @@ def _final_replies(folder: Path) -> list[dict[str, Any]]:
     return [row for row in read_json_lines(file) if row["prompts"] == "final"] if file.exists() else []
 
 
-def _provenance(entry: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
-    """(what, value) lines: versions, then the hash of every input file."""
+def _provenance(manifest: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
+    """(what, value) lines of the sweep, or of the first command where there was none: versions, hashes of inputs."""
+    entry = manifest.get("sweep") or next(iter(manifest.values()), {})
     lines = [(name, str(value)) for name, value in entry.get("versions", {}).items()]
     for name, files in entry.get("inputs", {}).items():
         lines += [
