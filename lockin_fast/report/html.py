@@ -41,7 +41,7 @@ def write_report(run: str | Path) -> Path:
     before and after blocking to prompts taken at even distances (not picked), and other runs once `robustness.compare`
     has named them; what discovery, patching and the search for circuits found, as far as `run` holds it; the
     configuration and where everything came from.
-    Raises RunError when `run` holds nothing of these, ImportError naming the extra when jinja2 or matplotlib is missing.
+    Raises RunError when `run` holds nothing of these, ImportError naming the extra without jinja2 or matplotlib.
     """
     run = Path(run)
     sections = [_section(section) for section in read_sections(run)]
