@@ -113,7 +113,7 @@ def _read(split: SplitModel, sides: Sides, spoken: Spoken, cache: KeyValues, row
     with sides.as_model(spoken.lower):
         hidden = split.below(tokens, positions[:, None], cache)
     with sides.as_model(spoken.upper):
-        return split.above(hidden, positions[:, None], cache)
+        return split.above(hidden, positions[:, None], cache)[:, -1]
 
 
 def _say(rows: list[_Row], logits: Tensor, limits: Limits) -> list[int]:

@@ -15,12 +15,12 @@ from lockin_fast.exam import open_exam, question
 from lockin_fast.inputs import check_files, open_model, open_tokenizer, sae_path
 from lockin_fast.judges import judge_files
 from lockin_fast.lora import adapter
-from lockin_fast.ops.nf4 import BLOCKSIZES
 from lockin_fast.patching.components import check_component, head_count
 from lockin_fast.patching.decoding import check_decoding
 from lockin_fast.patching.forward import Runner
 from lockin_fast.patching.sites import Site, sites
 from lockin_fast.patching.spans import PromptTokens, check_positions, render
+from lockin_fast.patching.states import cut
 from lockin_fast.sae import SparseAutoencoder, load_sae
 
 
@@ -100,9 +100,9 @@ def _check_model(config: Config, model: nn.Module) -> int:
     outside = [layer for layer in settings.layers or () if layer >= count]
     if outside:
         raise ConfigError(f"patch.layers: got {outside}, expected 0 to {count - 1}: the model has {count} layers")
-    width = hidden_size(model)
-    if settings.source != "live" and not any(width % size == 0 for size in BLOCKSIZES):
-        raise ConfigError(f"patch.source: states are {width} wide, a multiple of none of NF4's blocks; take live")
+    if settings.source != "live":
+        with naming("patch.source"):
+            cut(hidden_size(model))
     folder = misaligned_adapter(config)
     try:
         with adapter(model, folder):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lockin_fast.blocking.layers import hidden_size
 from lockin_fast.blocking.write_cache import CacheSource, write_hidden_states
 from lockin_fast.cache import open_cache
 from lockin_fast.config import Config, ConfigError, naming
@@ -26,7 +27,7 @@ from lockin_fast.patching.replies import Cell, patched_replies
 from lockin_fast.patching.reply_log import PatchLog
 from lockin_fast.patching.sides import Sides
 from lockin_fast.patching.sites import Site
-from lockin_fast.patching.states import Cached, Clean, Dense, FourBit, Pass, Source
+from lockin_fast.patching.states import Cached, Clean, Dense, FourBit, Pass, Source, cut
 from lockin_fast.patching.summary import summarise
 from lockin_fast.progress import Progress, silent
 from lockin_fast.provenance import versions
@@ -192,14 +193,15 @@ def _held(inputs: PatchInputs, progress: Progress) -> Callable[[Clean], Source]:
     if settings.source != "cache":
         return {"live": Dense, "nf4": FourBit}[settings.source]
     rows = [{"input_ids": torch.tensor(prompt.ids)} for prompt in inputs.prompts]
+    blocksize, outliers = cut(hidden_size(inputs.model))
     caches = {}
     for layer in inputs.layers:
         folder = settings.cache / f"layer-{layer:02}"
         with naming("patch.cache"):
             source = CacheSource(inputs.model, layer, rows, tokens="all")
-            stage = f"cache layer {layer}"
             write_hidden_states(
-                folder, source, progress=lambda _, done, total, stage=stage: progress(stage, done, total)
-            )
+                folder, source, outliers=outliers, blocksize=blocksize,
+                progress=lambda _, done, total, layer=layer: progress(f"cache layer {layer}", done, total),
+            )  # fmt: skip
             caches[layer] = open_cache(folder)
     return partial(Cached, caches=caches)

@@ -123,17 +123,21 @@ class Cached:
         rows = at[:, 0].unique()
         ids, mask = self._tokens.input_ids[rows].cpu(), self._tokens.attention_mask[rows].cpu()
         held = self._caches[layer].hidden_states(ids, mask)
-        return held.rows((torch.searchsorted(rows, at[:, 0]) * ids.shape[1] + at[:, 1]).cpu()).to(at.device)
+        return held.rows((torch.searchsorted(rows, at[:, 0].contiguous()) * ids.shape[1] + at[:, 1]).cpu()).to(at.device)
 
 
 def four_bits(states: Tensor) -> NF4Tensor:
-    """States [..., d] in NF4, OUTLIERS channels as they are. Raises ValueError where no blocksize divides d."""
-    width = states.shape[-1]
+    """States [..., d] in NF4, some channels as they are; see `cut`."""
+    blocksize, outliers = cut(states.shape[-1])
+    return quantize_nf4(states.contiguous(), blocksize=blocksize, outliers=outlier_channels(states, outliers))
+
+
+def cut(width: int) -> tuple[int, int]:
+    """(blocksize, number of channels kept as they are) of states in NF4; ValueError where no blocksize divides d."""
     blocksize = next((size for size in (64, *BLOCKSIZES) if width % size == 0), None)
     if blocksize is None:
         raise ValueError(f"source: states are {width} wide, a multiple of none of NF4's blocks; take source: live")
-    channels = outlier_channels(states, min(OUTLIERS, width // 8))
-    return quantize_nf4(states.contiguous(), blocksize=blocksize, outliers=channels)
+    return blocksize, min(OUTLIERS, width // 8)
 
 
 def taken(keys_values: KeysValues, rows: Tensor, columns: int | None = None) -> dict[int, tuple[Tensor, Tensor]]:
