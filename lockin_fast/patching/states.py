@@ -123,7 +123,8 @@ class Cached:
         rows = at[:, 0].unique()
         ids, mask = self._tokens.input_ids[rows].cpu(), self._tokens.attention_mask[rows].cpu()
         held = self._caches[layer].hidden_states(ids, mask)
-        return held.rows((torch.searchsorted(rows, at[:, 0].contiguous()) * ids.shape[1] + at[:, 1]).cpu()).to(at.device)
+        place = torch.searchsorted(rows, at[:, 0].contiguous())
+        return held.rows((place * ids.shape[1] + at[:, 1]).cpu()).to(at.device)
 
 
 def four_bits(states: Tensor) -> NF4Tensor:
