@@ -21,6 +21,7 @@ from lockin_fast.sweep.summary import is_blocked
 APART, APART_ALL = 11.0, 44.0  # printer's points in the trade-off: between the sets of one setting, and over them all
 FEW = 8  # sets whose names have a line of their own for the number of latents
 WIDTH = 10.4  # inches, of every figure
+PANEL = 270  # printer's points, of a panel of the trade-off between its margins
 
 Summary = Mapping[str, Any]
 
@@ -200,10 +201,11 @@ def _draw_cost(axes: Any, summary: Summary, key: str, edge: float, warning: str)
     every = [x for of_set in points.values() for x, _ in of_set]
     slack = 0.2 * abs(edge) or 0.01
     low, high = min([*every, 1.6 * edge, -slack]), max([*every, 1.6 * edge, slack])
-    axes.set_xlim(low - 0.07 * (high - low), high + 0.07 * (high - low))
+    apart = min(APART, APART_ALL / max(len(points) - 1, 1))
+    margin = 0.07 + apart * (len(points) - 1) / 2 / PANEL
+    axes.set_xlim(low - margin * (high - low), high + margin * (high - low))
     name_cost(axes, edge, warning)
     axes.scatter([0], [0], s=70, color=INK, marker="D", zorder=4, edgecolor="white", label="no blocking")
-    apart = min(APART, APART_ALL / max(len(points) - 1, 1))
     for place, (name, look) in enumerate(_looks(summary).items()):
         aside = offset_copy(axes, apart * (place - (len(points) - 1) / 2))
         _draw_path(axes, points[name], _of_set(summary, name), look, aside)

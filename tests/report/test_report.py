@@ -159,6 +159,23 @@ def test_the_names_of_many_sets_do_not_collide_and_stay_in_the_picture(tmp_path,
     assert max(offsets) - min(offsets) <= 45 / 72 * trade_off.dpi, "beside each other, but not at other values"
 
 
+def test_sets_drawn_apart_stay_between_the_axes(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file: figures.append(figure))
+    summary = made_summary(seeds=1)
+    costless = {"in_domain": 1.0, "incoherence": 0.0}  # better than unblocked: at the edge of both panels
+    trials = [row | costless | {"latents": f"{row['latents']}{i}"} for i in range(2) for row in summary["trials"]]
+    draw_figures(summarise(summary["base"], summary["baseline"]["trials"], trials), tmp_path)
+    figures[1].draw_without_rendering()
+    for axes in figures[1].axes:
+        box, radius = axes.get_window_extent(), 9 / 72 * figures[1].dpi  # of the ring around the best setting
+        places = [c.get_offset_transform().transform(c.get_offsets())[:, 0] for c in axes.collections[1:]]
+        x = [place for of_set in places for place in of_set]
+        assert min(x) - radius > box.x0 and max(x) + radius < box.x1
+
+
 @pytest.mark.parametrize("change", [{"em": 0.0}, {"in_domain": 0.0}])
 def test_figures_of_a_baseline_with_nothing_to_change(tmp_path, change):
     summary = made_summary(seeds=1)
