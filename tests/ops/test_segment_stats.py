@@ -1,7 +1,10 @@
 """segment_stats: each segment's sums are latent_stats of its tokens alone, whatever serves it."""
 
+import sys
+
 import pytest
 import torch
+from memory import printed
 from penalty_oracle import assert_as_good_as_torch, clear_of_steps, encode, problem, rounding
 from threads import on_threads
 
@@ -107,3 +110,21 @@ def test_the_op_refuses_ends_that_would_run_past_the_tokens(ends):
     p = problem(6, 48, 4, torch.float32)
     with pytest.raises(RuntimeError, match="ends must ascend to the number of tokens, 6"):
         torch.ops.lockin_fast.segment_stats(p.h, p.weight, p.bias, None, None, torch.tensor(ends, dtype=torch.int64))
+
+
+MEMORY = """
+from lockin_fast.ops.segment_stats import segment_stats
+torch.manual_seed(0)
+weight, bias = torch.randn(16384, 256), torch.zeros(16384)
+h = torch.randn(2048, 256)
+h_ref = h + 1
+segment_stats(h[:64], weight[:64], bias[:64], [64], h_ref=h_ref[:64])
+found, risen = rise(lambda: segment_stats(h, weight, bias, [256] * 8, h_ref=h_ref))
+print(risen - (found.sums.nbytes + 4 * 8 * 16384) / 2**20)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+def test_scratch_memory():
+    (megabytes,) = printed(MEMORY, OMP_NUM_THREADS="1")
+    assert float(megabytes) < 64  # [T, F] would be 128 MB for each stream
