@@ -91,7 +91,7 @@ class DiscoverySettings:
     shortlist: int = 80
     stage: Literal["all", "shift"] = "all"
     saes: Mapping[str, Path] = dataclasses.field(default_factory=dict)
-    prescreen: Literal["report", "attribution"] | None = None
+    prescreen: Literal["none", "report", "attribution"] = "none"
 
     def __post_init__(self):
         for name, valid, expected in (

@@ -42,9 +42,9 @@ class Search:
                     "a misaligned and an aligned reply, so there is nothing to tell apart"
                 )
             shift = job.shift(adapted, told, 1, "shift of every latent")
-            if settings.prescreen:
+            if settings.prescreen != "none":
                 prescreen.attribute("repair", adapted, contrasts)
-        if settings.prescreen:
+        if settings.prescreen != "none":
             prescreen.attribute("induce", model, contrasts)
         most = largest(shift, settings.pool)
         pool = prescreen.pool(shift) if settings.prescreen == "attribution" else most
@@ -71,7 +71,7 @@ class Search:
             "incoherence_budget": settings.incoherence_budget,
             "screen": [*table(induce, "induce"), *table(repair, "repair")],
         }
-        if settings.prescreen:
+        if settings.prescreen != "none":
             found["prescreen"] = prescreen.report(pool, shift, induced, repaired)
         if settings.calibration != "none":
             reductions, measured = self._stage_3(shift, list(ranked)[: settings.shortlist])
