@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,11 +10,9 @@ from torch import Tensor
 from lockin_fast.generation import decoding, generating, tokenised
 from lockin_fast.steering.flight import Flight, Limits, Said
 from lockin_fast.steering.hook import generate_by_hook
-from lockin_fast.steering.prompts import DRAFT_TOKENS, Prompts, batches, prefix_above, prompts_below
+from lockin_fast.steering.prompts import Prompts, batches, prefix_above, prompts_below
 from lockin_fast.steering.rows import SteeredRow, Wanted, Work, check_request
 from lockin_fast.steering.split import SplitModel, why_not_split
-
-DRAFT_PAYS = 4  # rows a prompt from which on a reply more is worth its cost
 
 Chat = Sequence[Mapping[str, str]]
 Done = Callable[[Mapping[int, str]], None]
@@ -116,18 +113,8 @@ class SteeredGenerator:
             split = SplitModel(self._model, self._layer)
             states = prompts_below(split, ids, self._batch_size)
             self.work.prompt_below += sum(map(len, ids))
-            if len(mine) >= DRAFT_PAYS * len(ids):
-                self._draft(split, states, limits)
             for said, rows in self._finished(split, states, mine, limits):
                 yield said.tokens, [row._replace(prompt=numbers[row.prompt]) for row in rows]
-
-    def _draft(self, split: SplitModel, prompts: Prompts, limits: Limits) -> None:
-        """Give every prompt the beginning of the reply that is not steered, and let the layers below read it."""
-        alone = [Wanted(number, -1, 0.0) for number in range(len(prompts.ids))]
-        short = replace(limits, max_new_tokens=min(limits.max_new_tokens, DRAFT_TOKENS))
-        drafts = {said.prompt: said.tokens for said, _ in self._finished(split, prompts, alone, short)}
-        prompts.drafts = [drafts[number] for number in range(len(prompts.ids))]
-        self.work.text_below += prompts.read_drafts(split, self._batch_size)
 
     def _finished(
         self, split: SplitModel, prompts: Prompts, wanted: Sequence[Wanted], limits: Limits
@@ -146,6 +133,6 @@ class SteeredGenerator:
                 while flight.free < min(len(rows), -(-limits.rows // 4)):  # few at a time cost as much as many
                     yield from flight.step()
                 newcomers, rows = rows[: flight.free], rows[flight.free :]
-                yield from flight.admit(newcomers, prefix)
+                flight.admit(newcomers, prefix)
         while len(flight):
             yield from flight.step()

@@ -12,23 +12,20 @@ from lockin_fast.steering.key_values import KeyValues
 from lockin_fast.steering.rows import Wanted
 from lockin_fast.steering.split import SplitModel
 
-DRAFT_TOKENS = 16  # of the unsteered reply, which is read at once: rows that would say the same have it for one forward
 FAMILY_SAVES = 0.2  # a family more has to save this share of the tokens: its rows are read in a forward of their own
 
 
 @dataclass
 class Prompts:
-    """Prompts, longest first, read by the layers below, each followed by a draft of its reply.
+    """Prompts, longest first, as the layers below leave them.
 
-    hidden, cache: states [P, longest, d], and keys and values, of the layers below by position: those of the prompt,
-    then of all tokens of the draft but its last. drafts: empty where there is none. family: the number of the family of
-    each prompt; prompts of a family begin with the same `shared[family]` tokens, fewer than the shortest has.
+    hidden, cache: states [P, longest, d], and keys and values, of those layers by position. family: the number of the
+    family of each prompt; prompts of a family begin with the same `shared[family]` tokens, fewer than the shortest has.
     """
 
     ids: Sequence[list[int]]
     hidden: Tensor
     cache: KeyValues
-    drafts: list[tuple[int, ...]]
     family: list[int] = field(default_factory=list)
     shared: list[int] = field(default_factory=list)
 
@@ -38,18 +35,6 @@ class Prompts:
             self.shared.append(common_beginning([self.ids[n] for n in members]))
             for n in members:
                 self.family[n] = number
-
-    def read_drafts(self, split: SplitModel, at_once: int) -> int:
-        """Let the layers below read the drafts; returns how many tokens that were."""
-        for start, alike in groupby(range(len(self.ids)), key=lambda number: len(self.ids[number])):
-            for numbers in batches(list(alike), at_once):
-                longest = max(len(self.drafts[n]) for n in numbers) - 1
-                if longest > 0:
-                    slots = slice(numbers[0], numbers[-1] + 1)
-                    cache = self.cache.write_next(slots, start, start + longest)
-                    tokens = [self.drafts[n][:-1] for n in numbers]
-                    self.hidden[slots, start : start + longest] = _below(split, tokens, start, cache)
-        return sum(max(len(draft) - 1, 0) for draft in self.drafts)
 
 
 @dataclass(frozen=True)
@@ -63,16 +48,17 @@ class Prefix:
 
 def prompts_below(split: SplitModel, ids: Sequence[list[int]], at_once: int) -> Prompts:
     """Run prompts, longest first, through the layers below. Padding stands on the right, where nothing reads it."""
-    capacity = len(ids[0]) + DRAFT_TOKENS - 1
-    cache, hidden = KeyValues(len(ids), capacity), None
+    cache, hidden = KeyValues(len(ids), len(ids[0])), None
     for numbers in batches(range(len(ids)), at_once):
         longest = len(ids[numbers[0]])
         slots = slice(numbers[0], numbers[-1] + 1)
-        found = _below(split, [ids[n] for n in numbers], 0, cache.write_next(slots, 0, longest))
+        batch = torch.tensor([[*ids[n], *[0] * (longest - len(ids[n]))] for n in numbers], device=split.device)
+        positions = torch.arange(longest, device=split.device)[None]
+        found = split.below(batch, positions, cache.write_next(slots, 0, longest))
         if hidden is None:
-            hidden = found.new_zeros(len(ids), capacity, found.shape[2])
+            hidden = found.new_zeros(len(ids), longest, found.shape[2])
         hidden[slots, :longest] = found
-    return Prompts(ids, hidden, cache, [()] * len(ids))
+    return Prompts(ids, hidden, cache)
 
 
 def prefix_above(split: SplitModel, prompts: Prompts, directions: Tensor, rows: Sequence[Wanted]) -> Prefix:
@@ -137,9 +123,3 @@ def common_beginning(ids: Sequence[list[int]]) -> int:
 def batches(items: Sequence, size: int) -> list[Sequence]:
     """The same items, at most `size` at a time."""
     return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def _below(split: SplitModel, tokens: Sequence[Sequence[int]], start: int, cache: KeyValues) -> Tensor:
-    longest = cache.length - start
-    batch = torch.tensor([[*row, *[0] * (longest - len(row))] for row in tokens], device=split.device)
-    return split.below(batch, torch.arange(start, cache.length, device=split.device)[None], cache)

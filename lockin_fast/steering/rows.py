@@ -47,9 +47,9 @@ class Work:
     """How much was computed, in tokens; padding is not counted. "Below" is layers 0 to the steered one.
 
     prompt_below: prompt tokens through the layers below. prompt_above: the same through those above, where every
-    steering has its own; a prompt's last token counts as its reply's first. text_below: tokens of replies and drafts
-    through the layers below, one for all rows that have said the same to the same prompt. row_above: those of single
-    rows through the layers above and the unembedding. steps: forwards that gave tokens. fallback: why the model could
+    steering has its own; a prompt's last token counts as its reply's first. text_below: tokens of replies through
+    the layers below, one for all rows that have said the same to the same prompt. row_above: those of single rows
+    through the layers above and the unembedding. steps: forwards that gave tokens. fallback: why the model could
     not be split at the steered layer, None when it was; nothing is counted then.
     """
 

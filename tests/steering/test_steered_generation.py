@@ -200,12 +200,11 @@ def test_every_piece_of_work_is_done_once(model):
     replies = generator(prompts, rows)
     assert len(set(replies)) == len(set(replies[: len(prompts)]))  # steered so little that all say the same
     length, shared, work = 5, 3, generator.work  # <user> w1 w2 wN <assistant>
-    drafted = len(prompts) * NEW_TOKENS
     assert work.prompt_below == length * len(prompts)
-    assert work.text_below == 2 * len(prompts) * (NEW_TOKENS - 1)  # the drafts: made, then read for all rows
+    assert work.text_below == len(prompts) * (NEW_TOKENS - 1)  # one for eight steerings
     assert tokens[0] == work.prompt_below + work.text_below
-    assert work.prompt_above == (1 + 8) * shared + (len(prompts) + len(rows)) * (length - 1 - shared)
-    assert work.row_above == drafted + len(rows) * NEW_TOKENS
+    assert work.prompt_above == 8 * shared + len(rows) * (length - 1 - shared)
+    assert work.row_above == len(rows) * NEW_TOKENS
     assert tokens[1] == work.prompt_above + work.row_above
     assert tokens[2] == work.row_above  # of the prompt, the last layer computes keys and values alone
 
