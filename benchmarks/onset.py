@@ -1,111 +1,103 @@
-"""When does induction begin? Over the organism's pre-training, and over that of a model which has to learn it.
+"""How often an onset is found where there is one, and where there is none: `find_onset` on series made to order.
 
-    python -m benchmarks.onset OUT [--small]
+    python -m benchmarks.onset [--series 400] [--workers 2]     # about 5 minutes on two cores; any core does for the numbers
 
-OUT/organism is the model organism, pre-trained as ever with its checkpoints kept; its world needs no induction. The
-control, OUT/control, is a Llama of two layers trained on random tokens that come again and again after a distance drawn
-for every sequence, so that nothing but induction helps. Both go through the same `run_circuits`; figures are in
-the run folders, and results/onset.csv holds a row for every checkpoint: the highest prefix-matching score, what the
-first copy adds to the log-probability of the second, and for the last one what the induction heads recover.
+Every row of benchmarks/results/onset.csv is one kind of series: `series` of them are drawn, of so many checkpoints, with
+noise of standard deviation 1 (white, or autoregressive with coefficient `phi`), and put through `find_onset` as users
+call it. `rate` is the share called supported: a false alarm rate where the truth is smooth, power where it has a change.
+`criteria_alone` is that share by AICc and BIC without the bootstrap's p value. `near` is the share of the onsets found
+that are within one checkpoint, `covered` that of the intervals that hold the true change. Seeded: the file is the same
+on every machine, up to rounding.
 """
 
 import argparse
-import json
-from pathlib import Path
+import functools
+import multiprocessing
 
-import torch
-import torch.nn.functional as F
-from transformers.utils import logging
+import numpy as np
 
-from benchmarks.measure import write_csv
-from lockin_fast.circuit_settings import CircuitSettings
-from lockin_fast.config import Config
-from lockin_fast.organism import build, grow_checkpoints
-from lockin_fast.patching.circuits import run_circuits
-from lockin_fast.report.circuits import draw_circuits, onset, read_circuits, verdict
-from lockin_fast.rundir import atomic_folder
-from lockin_fast.threads import single_thread
-
-VOCABULARY, LENGTH, BATCH, STEPS, LONGEST, RATE = 64, 64, 48, 500, 30, 3e-3
+from benchmarks.measure import provenance, write_csv
+from lockin_fast.lockin.onset import OnsetSettings, find_onset
+from lockin_fast.lockin.verdict import SUPPORTED
 
 
-def grow_control(folder, *, steps=STEPS, every=25):
-    """Train the control and keep it every so many steps, as folder/step-000025 and so on, with a tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    core = Tokenizer(models.WordLevel({"<s>": 0} | {f"w{i}": i for i in range(1, VOCABULARY)}, unk_token="<s>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>")
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=128, bos_token_id=0, eos_token_id=None, initializer_range=0.06,
-        )
-    )  # fmt: skip
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    for step in range(steps + 1):
-        path = folder / f"step-{step:06d}"
-        if step % every == 0 and not path.exists():
-            with atomic_folder(path) as new:
-                model.save_pretrained(new)
-                tokenizer.save_pretrained(new)
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1, (step + 1) / 50)
-        tokens = repeating()
-        logits = model(tokens).logits[:, :-1]
-        F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+def truths(n):
+    """name -> (the series without noise per unit of size, whether it has a change)."""
+    i = np.arange(n)
+    change = i >= n // 2
+    return {
+        "step": (1.0 * change, True),
+        "step on a drift": (change + 0.5 * i / n, True),
+        "logistic over 1 gap": (_logistic(i, n, 1), True),
+        "logistic over 2 gaps": (_logistic(i, n, 2), True),
+        "constant": (0.0 * i, False),
+        "linear drift": (i / n, False),
+        "half a sine": (np.sin(np.pi * i / n), False),
+        "exponential approach": (1 - np.exp(-5 * i / n), False),
+        "logistic over a third": (_logistic(i, n, n / 3), False),
+        "logistic over two thirds": (_logistic(i, n, 2 * n / 3), False),
+    }
 
 
-def repeating():
-    """[BATCH, LENGTH]: a start, then different random words again and again; how many is drawn for every row."""
-    words = torch.rand(BATCH, VOCABULARY - 1).argsort(1) + 1
-    distance = torch.randint(4, LONGEST, (BATCH, 1))
-    said = words.gather(1, torch.arange(LENGTH - 1)[None] % distance)
-    return torch.cat([torch.zeros(BATCH, 1, dtype=torch.int64), said], 1)
+def _logistic(i, n, rise):
+    return 1 / (1 + np.exp(-(i - n // 2 + 0.5) * 2 * np.log(9) / rise))
 
 
-def look(name, model, checkpoints, folder, length):
-    """Rows of one training, its figures drawn and what was found printed."""
-    settings = CircuitSettings(length=length, checkpoints=checkpoints)
-    file = run_circuits(Config(model=model, output=folder, circuits=settings))
-    found = read_circuits(folder)
-    draw_circuits(found, folder / "figures")
-    print(f" {name}: {verdict(found)} {onset(found)}\n   {file}")
-    (half,) = (row for row in found["thresholds"] if row["threshold"] == 0.5)
-    rows = [
-        {
-            "model": name, "step": row["step"], "highest": max(map(max, row["prefix"])), "gain_nats": row["gain"],
-            "heads_of_0.5": "", "recovery": "", "random_mean": "", "random_low": "", "random_high": "",
-        }
-        for row in found["onset"]
-    ]  # fmt: skip
-    beside = {f"random_{key}": (half["random"] or {}).get(key, "") for key in ("mean", "low", "high")}
-    rows[-1] |= {"heads_of_0.5": json.dumps(half["heads"]), "recovery": half["recovery"], **beside}
-    return rows
+def conditions():
+    """(truth, checkpoints, size of its rise in standard deviations of the noise, phi)."""
+    for n in (18, 40):
+        for phi in (0.0, 0.5, 0.8):
+            yield "constant", n, 0, phi
+            for smooth in (
+                name for name, (_, has_change) in truths(n).items() if not has_change and name != "constant"
+            ):
+                for size in (5, 20) if phi == 0 else (5,):
+                    yield smooth, n, size, phi
+            if phi < 0.8:
+                for size in (1, 2, 3, 5, 10):
+                    yield "step", n, size, phi
+        for changed in ("step on a drift", "logistic over 1 gap", "logistic over 2 gaps"):
+            for size in (3, 5, 10):
+                yield changed, n, size, 0.0
+
+
+def measure(condition, series):
+    """The row of one condition."""
+    name, n, size, phi = condition
+    curve, has_change = truths(n)[name]
+    found, alone = [], 0
+    for seed in range(series):
+        onset = find_onset(range(n), size * curve + _noise(n, phi, np.random.default_rng(seed)), OnsetSettings())
+        alone += onset.aic_gain > 0 and onset.bic_gain > 0
+        if onset.verdict == SUPPORTED:
+            found.append(onset)
+    row = {"truth": name, "change": int(has_change), "checkpoints": n, "size": size, "phi": phi, "series": series}
+    row |= {"rate": len(found) / series, "criteria_alone": alone / series, "near": "", "covered": ""}
+    if has_change and found:
+        row["near"] = round(float(np.mean([abs(onset.step - n // 2) <= 1 for onset in found])), 4)
+        # The change lies between the checkpoints n // 2 - 1 and n // 2.
+        row["covered"] = round(float(np.mean([o.interval[0] < n // 2 <= o.interval[1] for o in found])), 4)
+    return row
+
+
+def _noise(n, phi, rng):
+    noise = rng.normal(size=n)
+    for t in range(1, n):
+        noise[t] = phi * noise[t - 1] + np.sqrt(1 - phi**2) * noise[t]
+    return noise
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--small", action="store_true", help="the control alone, few checkpoints, nothing written")
-    asked = parser.parse_args()
-    logging.disable_progress_bar()  # of writing checkpoints
-    every = 100 if asked.small else 25
-    control = asked.out / "control"
-    with single_thread():
-        grow_control(control / "checkpoints", every=every)
-    last = control / "checkpoints" / f"step-{STEPS:06d}"
-    rows = look("control", last, control / "checkpoints", control / "run", 24)
-    if not asked.small:
-        organism = build(asked.out / "organism")
-        grow_checkpoints(organism / "checkpoints", every=25)
-        rows += look("organism", organism / "model", organism / "checkpoints", asked.out / "organism-run", 50)
-        print(f" written to {write_csv('onset', rows)}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--series", type=int, default=400, help="series per condition")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    rows, facts = [], provenance()
+    with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
+        for row in pool.imap(functools.partial(measure, series=options.series), list(conditions())):
+            print(*(f"{key} {value}" for key, value in row.items()), sep=", ", flush=True)
+            rows.append(row | facts)
+    write_csv("onset", rows)
 
 
 if __name__ == "__main__":

@@ -46,8 +46,14 @@ def plain(value: Any) -> Any:
 
 def combine(parts: Iterable[Verdict]) -> Answer:
     """The answer of tests that must all hold: one that fails decides, else one that cannot say."""
+    return _first((NOT_SUPPORTED, CANNOT_SAY, SUPPORTED), parts)
+
+
+def either(parts: Iterable[Verdict]) -> Answer:
+    """The answer of tests of which one is enough: one that holds decides, else one that cannot say."""
+    return _first((SUPPORTED, CANNOT_SAY, NOT_SUPPORTED), parts)
+
+
+def _first(decisive: tuple[Answer, ...], parts: Iterable[Verdict]) -> Answer:
     answers = {part.verdict for part in parts}
-    for decisive in (NOT_SUPPORTED, CANNOT_SAY):
-        if decisive in answers:
-            return decisive
-    return SUPPORTED if answers else CANNOT_SAY
+    return next((answer for answer in decisive if answer in answers), CANNOT_SAY)
