@@ -1,13 +1,12 @@
 """How often an onset is found where there is one, and where there is none: `find_onset` on series made to order.
 
-    python -m benchmarks.onset [--series 400] [--workers 2]     # about 5 minutes on two cores; any core does for the numbers
+    python -m benchmarks.onset [--series 400] [--workers 2]     # ten minutes on two cores; needs no quiet machine
 
-Every row of benchmarks/results/onset.csv is one kind of series: `series` of them are drawn, of so many checkpoints, with
-noise of standard deviation 1 (white, or autoregressive with coefficient `phi`), and put through `find_onset` as users
-call it. `rate` is the share called supported: a false alarm rate where the truth is smooth, power where it has a change.
-`criteria_alone` is that share by AICc and BIC without the bootstrap's p value. `near` is the share of the onsets found
-that are within one checkpoint, `covered` that of the intervals that hold the true change. Seeded: the file is the same
-on every machine, up to rounding.
+Every row of benchmarks/results/onset.csv is one kind of series: `series` of them are drawn, of so many checkpoints,
+with noise of standard deviation 1 (white, or autoregressive with coefficient `phi`), and put through `find_onset` as
+users call it. `rate` is the share called supported: false alarms where the truth is smooth, power where it has a
+change. `criteria_alone` is the share that AICc and BIC prefer, whatever effect and p. `near` is the share of the onsets
+found that are within one checkpoint, `covered` that of the intervals that hold the true change. Seeded.
 """
 
 import argparse
@@ -16,7 +15,7 @@ import multiprocessing
 
 import numpy as np
 
-from benchmarks.measure import provenance, write_csv
+from benchmarks.measure import write_csv
 from lockin_fast.lockin.onset import OnsetSettings, find_onset
 from lockin_fast.lockin.verdict import SUPPORTED
 
@@ -92,11 +91,11 @@ def main():
     parser.add_argument("--series", type=int, default=400, help="series per condition")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    rows, facts = [], provenance()
+    rows = []
     with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
         for row in pool.imap(functools.partial(measure, series=options.series), list(conditions())):
             print(*(f"{key} {value}" for key, value in row.items()), sep=", ", flush=True)
-            rows.append(row | facts)
+            rows.append(row)
     write_csv("onset", rows)
 
 
