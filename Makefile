@@ -9,7 +9,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 SAY = @printf '\n==> %s\n'
-TRAINERS := tests/blocking tests/test_train.py tests/test_quantized.py tests/test_examples.py
+TRAINERS := tests/blocking tests/steering tests/test_train.py tests/test_quantized.py tests/test_examples.py
 BUILD_INPUTS := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: setup help test slow report-test lint demo robustness reemergence mutations bench bench-micro peers clean
@@ -85,7 +85,7 @@ peers:  ## other libraries for comparison, in .venv-peers: .venv-peers/bin/pytho
 		liger-kernel matplotlib pytest
 	@.venv-peers/bin/pip uninstall --quiet --yes torchvision  # its build does not fit the CPU build of torch
 
-oldest: setup  ## SLOW: the trainers' tests with the oldest transformers, peft, accelerate, trl and bitsandbytes allowed
+oldest: setup  ## SLOW: the tests of what leans on them most, with the oldest transformers, peft, accelerate, trl and bitsandbytes allowed
 	$(SAY) "Oldest supported versions, in .venv-oldest"
 	@test -d .venv-oldest || $(PYTHON) -m venv .venv-oldest
 	@.venv-oldest/bin/pip install --quiet '$(TORCH)' $$($(PY) tests/oldest.py) pytest pyyaml rich typer matplotlib jinja2

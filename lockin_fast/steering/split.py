@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lockin_fast.blocking.layers import decoder_layers, is_compiled, is_sharded, text_config, unwrap
+from lockin_fast.blocking.layers import decoder_layers, is_compiled, is_sharded, residual_stream, text_config, unwrap
 from lockin_fast.steering.key_values import KeyValues, Reached, masks
 
 ARCHITECTURES = (
@@ -63,6 +63,7 @@ class SplitModel:
         self.nothing_above = layer == self.top
         self._given: Tensor | None = None
         self._found: Tensor | None = None
+        self._tuples = False  # what layers of this model return, known from the first run below
         self._stand_ins = [self._standing_in(module, module.forward) for module in self._lower]
 
     def below(self, ids: Tensor, positions: Tensor, cache: KeyValues) -> Tensor:
@@ -103,10 +104,11 @@ class SplitModel:
 
         def stand_in(hidden: Tensor, *args, **kwargs):
             if self._given is not None:
-                return self._given if last else hidden
+                passed = self._given if last else hidden
+                return (passed,) if self._tuples else passed
             output = forward(hidden, *args, **kwargs)
             if last:
-                self._found = output
+                self._found, self._tuples = residual_stream(output), isinstance(output, tuple)
                 raise Reached
             return output
 
