@@ -55,13 +55,13 @@ class Inputs:
     def penalties(self, name: str, weight: float) -> tuple[BlockPenalty, ...]:
         """The block penalties of set `name` at lambda `weight`, one for each layer that it blocks.
 
-        A cache is of one layer: a set of several layers is compared with the live model.
+        A cache is of one layer: sets at others are compared with the live model.
         """
         if name not in self.config.sweep.layers:
             return (self.penalty(name, weight),)
-        margin, found = self.config.block.margin, []
+        found = []
         for layer, sae, latents in self.layered(name):
-            block = dataclasses.replace(self.config.block, layer=layer, margin=None if margin == "noise" else margin)
+            block = dataclasses.replace(self.config.block, layer=layer)
             found.append(_penalty(dataclasses.replace(self.config, block=block), sae, latents, weight, "live"))
         return tuple(found)
 

@@ -303,6 +303,7 @@ def test_what_a_stack_cannot_train_is_told(inputs):
             "sweep.latents.causal-positive=latents/random.json",
             "sweep.latents: two latent sets would be called causal-positive",
         ),
+        ("block.reference=cache", "sweep.layers: a cache is of block.layer alone, so it cannot serve two-layers; set"),
         ("sweep.layers={one: []}", r"sweep.layers.one: got the layers \[\], expected one or more from 0"),
         (
             "sweep.layers={causal: [{layer: 0, sae: sae, latents: latents/causal.json}]}",

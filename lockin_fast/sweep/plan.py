@@ -92,6 +92,11 @@ def method_files(config: Config, latents: Mapping[str, Path]) -> dict[str, Path]
     latents: the files of the named latent sets. Raises ConfigError for what is missing or unknown.
     """
     sweep, baselines = config.sweep, config.baselines
+    if sweep.layers and config.block.reference == "cache":
+        raise ConfigError(
+            f"sweep.layers: a cache is of block.layer alone, so it cannot serve {', '.join(sweep.layers)}; set "
+            "block.reference=live, or sweep those in a run of their own"
+        )
     labels = dict.fromkeys([*latents, *variants(sweep, latents)])
     for name in sweep.layers:
         if name in labels:
