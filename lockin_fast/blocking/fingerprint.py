@@ -1,6 +1,8 @@
 """What of a model a hidden state depends on: short enough to keep beside a cache, and it tells models apart."""
 
 import hashlib
+import json
+import re
 from typing import Any
 
 import torch
@@ -12,16 +14,24 @@ from lockin_fast.cache import TokenStore
 from lockin_fast.cache.manifest import REMEDY, check_same
 
 SAMPLED = 1024  # elements of a tensor whose places count too; the sum over all does not tell their order
+# Names and versions, special tokens, what shapes outputs, initial weights and training; precision is in the tensors.
+_NO_MATTER = re.compile(
+    r"_.*|.*_token_id|.*version|architectures|auto_map|.*dtype|quantization_config|tie_word_embeddings|"
+    r"use_cache|return_dict|output_.*|initializer_.*|.*dropout.*|.*pdrop|id2label|label2id|problem_type|task_specific.*|"
+    r"is_encoder_decoder|chunk_size_feed_forward|pretraining_tp|finetuning_task|use_return_dict"
+)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def model_key(model: nn.Module, layer: int, autocast: str = "no") -> dict[str, Any]:
-    """The base model up to decoder layer `layer` as a cache's key: layer, autocast, quantization, model.
+    """The base model up to decoder layer `layer` as a cache's key: layer, autocast, quantization, config, model.
 
     "model" maps each parameter and buffer (such as the frequencies of a rotary embedding) that the layer's output
     depends on, under the name it has without adapters, to a digest of shape, dtype and content; adapters are left out.
     It is that of the same weights whatever file they came from, wrapped by PEFT or not, on any device, before and after
     bitsandbytes repacks 4-bit codes for CPUs.
+    "config" is the text model's configuration where it is not the default of its class, without what changes no hidden
+    state of a forward (`_NO_MATTER`): what is computed with the tensors, such as activations, norms' epsilon, windows.
     autocast: "no", "bf16" or "fp16": the mixed precision of training, under which the reference runs as well.
 
     Cost: one read of the parameters. Raises ValueError for a layer the model does not have.
@@ -33,6 +43,7 @@ def model_key(model: nn.Module, layer: int, autocast: str = "no") -> dict[str, A
         "layer": layer,
         "autocast": autocast,
         "quantization": "none" if quantized is None else _kind_of(quantized),
+        "config": _config(model),
         "model": digests,
     }
 
@@ -41,6 +52,13 @@ def check_cache(cache: TokenStore, model: nn.Module, layer: int, autocast: str =
     """Raise CacheError naming what differs unless `cache` was written from this base model, layer and precision."""
     key = model_key(model, layer, autocast)
     check_same(cache.path, {name: cache.manifest.get(name) for name in key}, key, REMEDY)
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    """What a configuration sets, but for `_NO_MATTER`, in plain types."""
+    found = text_config(model).to_diff_dict()
+    kept = {name: value for name, value in found.items() if not _NO_MATTER.fullmatch(name)}
+    return json.loads(json.dumps(kept, default=str, sort_keys=True))
 
 
 def _kind_of(quantized) -> str:

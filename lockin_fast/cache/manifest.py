@@ -9,12 +9,13 @@ from typing import Any
 from lockin_fast.cache.files import NOISE, CacheError
 from lockin_fast.rundir import MANIFEST, write_json
 
-FORMAT = 1
+FORMAT = 2  # 2: the key has the model's configuration
 REMEDY = "use what the cache was written for, or write another in a new folder: lockin-fast cache CONFIG"
 _HINTS = {
     "text": "text, tokenizer, chat template or max_length",
     "sae": "SAE",
     "model": "model",
+    "config": "model",
 }
 
 

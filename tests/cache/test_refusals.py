@@ -57,7 +57,7 @@ def test_a_missing_shard_and_what_is_no_cache(copy, tmp_path):
     with pytest.raises(CacheError, match="is not the manifest of a cache"):
         open_cache(copy)
     (copy / "manifest.json").write_text('{"cache_format": 99}')
-    with pytest.raises(CacheError, match="has format 99, this version reads 1"):
+    with pytest.raises(CacheError, match="has format 99, this version reads 2; write the cache again"):
         open_cache(copy)
 
 
@@ -96,9 +96,22 @@ def test_another_model_is_named_before_training(tmp_path, caches, rows):
         trainer(tmp_path, adapted(), rows, penalty, bf16=True)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"), [("rms_norm_eps", 1e-3), ("hidden_act", "gelu"), ("use_cache", None)]
+)
+def test_the_same_weights_computed_with_otherwise_are_another_model(caches, setting, value):
+    """By whatever the configuration sets, but for what changes no hidden state."""
+    cache = open_cache(caches())
+    if value is None:
+        check_cache(cache, tiny.model(use_cache=False, attention_dropout=0.1), LAYER)
+        return
+    with pytest.raises(CacheError, match=rf"written for another model \(config.{setting}\): there it is .*, here"):
+        check_cache(cache, tiny.model(**{setting: value}), LAYER)
+
+
 def test_the_same_weights_under_another_rotary_embedding_are_another_model(caches):
     other = tiny.model(rope_parameters={"rope_type": "default", "rope_theta": 500.0})
-    with pytest.raises(CacheError, match=r"another model \(model.model.rotary_emb.inv_freq\)"):
+    with pytest.raises(CacheError, match=r"another model \(config.rope_parameters.rope_theta\)"):
         check_cache(open_cache(caches()), other, LAYER)
 
 
