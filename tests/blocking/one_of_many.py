@@ -1,7 +1,8 @@
 """One process of a training run that torchrun starts: FOLDER, mode, rows of a forward, forwards of a step.
 
 Trains the same adapter with and without the penalty; leaves in FOLDER/result.pt, for each, the gradients of the
-first step, the adapter after the last one, and the log. A fifth argument is the cache to take the reference from.
+first step, the adapter after the last one, and the log. A fifth argument is the cache to take the reference from, or
+"kl" for a KL penalty.
 """
 
 import sys
@@ -13,12 +14,12 @@ from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback, TrainingArguments
 
-from lockin_fast.blocking import BlockTrainer
+from lockin_fast.blocking import BlockTrainer, KLPenalty
 from lockin_fast.blocking.layers import is_sharded
 from lockin_fast.cache import open_cache
 from lockin_fast.chat import ChatDataset, PaddingCollator
 
-LOGGED = ("sft_loss", "block_penalty", "active_fraction")
+LOGGED = ("sft_loss", "block_penalty", "kl", "active_fraction")
 STEPS = 3
 
 
@@ -58,20 +59,21 @@ def train(folder, mode, micro, accumulate, weight, reference):
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     gradients = FirstGradients()
     rows = ChatDataset(tiny.conversations(24), tiny.tokenizer())
-    penalty = tiny.penalty(weight, reference=reference)
+    penalty = KLPenalty(model, weight) if reference == "kl" else tiny.penalty(weight, reference=reference)
     trainer = BlockTrainer(model, arguments, PaddingCollator(0), rows, penalty=penalty, callbacks=[gradients])
     trainer.train()
     assert is_sharded(trainer.model_wrapped) == mode.startswith("fsdp2")
     return {
         "gradients": gradients.found,
         "end": whole({name: p for name, p in trainer.model.named_parameters() if p.requires_grad}),
-        "logs": [row[key] for row in trainer.state.log_history if "loss" in row for key in LOGGED],
+        "logs": [row[key] for row in trainer.state.log_history if "loss" in row for key in LOGGED if key in row],
     }
 
 
 if __name__ == "__main__":
     folder, mode, micro, accumulate = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    reference = open_cache(sys.argv[5]) if len(sys.argv) > 5 else "live"
+    reference = sys.argv[5] if len(sys.argv) > 5 else "live"
+    reference = reference if reference in ("live", "kl") else open_cache(reference)
     torch.set_num_threads(1)
     results = {weight: train(folder, mode, micro, accumulate, weight, reference) for weight in (0.0, 500.0)}
     if PartialState().is_main_process:

@@ -54,6 +54,19 @@ def cache(tmp_path_factory):
 def test_two_processes_equal_one(tmp_path, one, cache, mode, reference):
     """2 processes x 2 forwards x 2 rows against 8 rows at once, of which the reference is live."""
     two = train(tmp_path / "two", mode, 2, 2, *([cache] if reference == "cache" else []), launcher=TORCHRUN)
+    assert_equal(one, two)
+    assert max(one[500.0]["logs"][1::3]) > 0
+
+
+@pytest.mark.slow  # two processes that import everything
+def test_two_processes_equal_one_with_the_kl_penalty(tmp_path):
+    one = train(tmp_path / "one", "alone", 8, 1, "kl")
+    assert_equal(one, train(tmp_path / "two", "ddp", 2, 2, "kl", launcher=TORCHRUN))
+    assert min(one[500.0]["logs"][1::2]) > 0
+
+
+def assert_equal(one, two):
+    """The gradients that the penalty adds, the adapter at the end, and the log."""
     largest = max(g.abs().max() for g in one[500.0]["gradients"].values())
     expected, found = added(one), added(two)
     assert max(g.abs().max() for g in expected.values()) > 0.1 * largest
@@ -64,7 +77,6 @@ def test_two_processes_equal_one(tmp_path, one, cache, mode, reference):
         for name, tensor in run["end"].items():
             assert (two[weight]["end"][name] - tensor).abs().max() <= 3 * ROUNDING * moved, name
         assert two[weight]["logs"] == pytest.approx(run["logs"], rel=3 * ROUNDING)
-    assert max(one[500.0]["logs"][1::3]) > 0
 
 
 class FSDPLinear(nn.Linear):
