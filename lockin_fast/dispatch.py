@@ -53,7 +53,7 @@ class BackendReport(list):
         for row in self:
             lines.append(f"{row.op:<18}{row.device:<8}{row.backend:<11}{row.why}")
             for reason, calls in row.fallbacks.items():
-                lines.append(f"{'':<37}{calls} calls fell back to the reference: {reason}")
+                lines.append(f"{'':<37}{calls} calls fell back: {reason}")
         lines += [f"never run on a GPU, in {name}: {', '.join(ops)}" for name, ops in never_run_on_gpu().items()]
         return "\n".join(lines)
 
@@ -62,7 +62,8 @@ def backends():
     """Report of every op: which backend serves it on each device, why, and the fallbacks so far.
 
     Returns a `BackendReport`: a list of `OpBackend(op, device, backend, why, fallbacks)`, printable as a table. A
-    fallback is a call that a fast kernel could not take; it ran on the reference and is counted here with its reason.
+    fallback is a call that a fast kernel could not take, and that ran on the reference, or one that could not be made
+    where it is fast (see `fell_back`); it is counted here with its reason.
     Below the table stand the GPU kernels that have never run on a GPU, by the files of benchmarks/results.
     """
     import_module("lockin_fast.ops")
@@ -99,6 +100,11 @@ def file_of(op):
 def never_run_on_gpu():
     """{backend: ops} of the GPU kernels that no file of benchmarks/results has seen on a GPU."""
     return gpu.never_run(triton_ops())
+
+
+def fell_back(op, device, reason):
+    """Count a call that something slower stood in for, for the report."""
+    _fallbacks[op, device, reason] += 1
 
 
 def detour(op, device, which):
@@ -251,7 +257,7 @@ def _triton_kernel(op, device):
             with torch.cuda.device(args[0].device):
                 return launch(*args)
         except Refused as reason:
-            _fallbacks[op, device, str(reason)] += 1
+            fell_back(op, device, str(reason))
             return _references[op](*args)
 
     return kernel

@@ -151,7 +151,7 @@ def _ops() -> list[Finding]:
     for row in report:
         findings.append(Finding("ops", f"{row.op} on {row.device}", f"{row.backend}: {row.why}"))
         findings += [
-            Finding("ops", "", f"{calls} calls fell back to the reference: {why}")
+            Finding("ops", "", f"{calls} calls fell back: {why}")
             for why, calls in row.fallbacks.items()
         ]
     return findings

@@ -43,7 +43,7 @@ def kernels() -> dict[str, Any]:
 
 
 def slow_kernels() -> str | None:
-    """One line if plain torch served an op on the device of training where a faster kernel was to be expected."""
+    """One line if an op was served more slowly on the device of training than was to be expected."""
     from lockin_fast.dispatch import backends
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,4 +58,4 @@ def slow_kernels() -> str | None:
     if not reasons:
         return None
     causes = "; ".join(f"{', '.join(ops)}: {reason}" for reason, ops in reasons.items())
-    return f"plain torch, which is slower, served on {device} {causes}"
+    return f"not the fastest way on {device}: {causes}"

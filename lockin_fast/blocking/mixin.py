@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from lockin_fast.blocking.fingerprint import check_cache
-from lockin_fast.blocking.layers import captured_forward, site_module, unwrap
+from lockin_fast.blocking.layers import captured_forward, is_compiled, site_module, unwrap
 from lockin_fast.blocking.meter import LossMeter
+from lockin_fast.blocking.penalty import BlockPenalty
 from lockin_fast.blocking.reference import references_of
-from lockin_fast.blocking.terms import LossTerm, checked_hidden, checked_terms
+from lockin_fast.blocking.terms import LossTerm, checked_hidden, checked_terms, measure_terms
 from lockin_fast.blocking.tokens import check_supervised
 from lockin_fast.cache import TokenStore
 from lockin_fast.cache.collate import ReferenceCollator, take_references
+from lockin_fast.dispatch import fell_back
 from lockin_fast.labels import IGNORED, targets
+from lockin_fast.ops.gradient_tap import is_tapped
 from lockin_fast.quantized import keep_trainable
 
 
@@ -102,6 +105,7 @@ class LatentBlockMixin:
             return
         self._sites = {term.site: site_module(model, term.site) for term in self.loss_terms}
         self._references = references_of(model, self.loss_terms)
+        self._compiled = is_compiled(model)
         self._bound_model = model
 
     def _add_terms(self, sft_loss: Tensor, seen, brought, labels, num_items_in_batch) -> Tensor:
@@ -115,21 +119,25 @@ class LatentBlockMixin:
                 source: reference.hidden_states(seen.args, seen.kwargs)
                 for source, reference in self._references.items()
             }
-        scale = self._penalty_scale(labels, num_items_in_batch)
-        loss, values, active, pairs = sft_loss, {}, 0, 0
+        h_refs, inputs = [], []
         for term, hidden in zip(self.loss_terms, hidden_at, strict=True):
-            if term in brought:
-                h_ref = {name: tensor.to(hidden.device) for name, tensor in brought[term].items()}
-            else:
-                h_ref = found[term.reference][term.site]
-            measured = term.measure(hidden if term.weight else hidden.detach(), h_ref, labels, seen.kwargs)
-            mean = (measured.total * scale).to(sft_loss.device)
+            here = {name: tensor.to(hidden.device) for name, tensor in brought.get(term, {}).items()}
+            h_refs.append(here or found[term.reference][term.site])
+            inputs.append(hidden if term.weight else hidden.detach())
+            if term.weight and isinstance(term, BlockPenalty) and not is_tapped(hidden):
+                self._count_untapped(hidden)
+        scale = self._penalty_scale(labels, num_items_in_batch)
+        sums = measure_terms(self.loss_terms, inputs, h_refs, labels, seen.kwargs, scale)
+        self._record(sft_loss, num_items_in_batch, sums.values, sums.active, sums.pairs)
+        for term, mean in zip(self.loss_terms, sums.means, strict=True):
             if term.weight:
-                loss = loss + term.weight * mean
-            values[term.column] = values.get(term.column, 0.0) + mean.detach()
-            active, pairs = active + measured.active, pairs + measured.pairs
-        self._record(sft_loss, num_items_in_batch, values, active, pairs)
-        return loss
+                sft_loss = sft_loss + term.weight * mean.to(sft_loss.device)
+        return sft_loss
+
+    def _count_untapped(self, hidden: Tensor) -> None:
+        """The penalty then makes a gradient [B, S, d] of its own, which costs memory and time, not correctness."""
+        cause = "the model is compiled" if self._compiled else "reentrant activation checkpointing has no graph to tap"
+        fell_back("latent_backward_", hidden.device.type, f"not added to the gradient that arrives: {cause}")
 
     def _scaled_for_accumulation(self, num_items_in_batch) -> bool:
         """Whether the trainer divides its loss by the count of the whole accumulated batch."""

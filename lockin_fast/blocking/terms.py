@@ -38,6 +38,31 @@ class LossTerm(Protocol):
         """
 
 
+class Sums(NamedTuple):
+    """All terms of one forward: `means` in their order, differentiable; the rest is for the log and is detached."""
+
+    means: list[Tensor]  # a term's sum over tokens, multiplied by the scale
+    values: dict[str, Tensor]  # {column: the means of its terms, added}
+    active: Tensor | int
+    pairs: Tensor | int
+
+
+def measure_terms(
+    terms: Sequence[LossTerm], hidden: Sequence[Tensor], h_refs: Sequence, labels: Tensor | None, kwargs: dict,
+    scale: Tensor | float,
+) -> Sums:  # fmt: skip
+    """Measure every term on its hidden state against its reference; kwargs are those the model was called with."""
+    sums, device = Sums([], {}, 0, 0), hidden[0].device  # layers of one model may lie on several
+    for term, h, h_ref in zip(terms, hidden, h_refs, strict=True):
+        found = term.measure(h, h_ref, labels, kwargs)
+        measured = Measured(*(value.to(device) if isinstance(value, Tensor) else value for value in found))
+        mean = measured.total * scale
+        sums.means.append(mean)
+        sums.values[term.column] = sums.values.get(term.column, 0.0) + mean.detach()
+        sums = sums._replace(active=sums.active + measured.active, pairs=sums.pairs + measured.pairs)
+    return sums
+
+
 def checked_terms(penalty: LossTerm | Sequence[LossTerm] | None) -> tuple[LossTerm, ...]:
     """The loss terms as a tuple, empty for None.
 

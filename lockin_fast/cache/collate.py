@@ -33,13 +33,22 @@ class ReferenceCollator:
 
     def __call__(self, rows: Sequence) -> dict[str, Any]:
         batch = dict(self.collate(rows))
-        ids = batch["input_ids"]
-        keys = token_keys(ids, batch.get("attention_mask"), batch.get("position_ids"))
         added = {}
-        for number, (reference, tokens) in enumerate(self.reads):
-            taken = looked_up(reference, keys, _wanted(tokens, batch), ids)
+        for number, taken in enumerate(references_of_batch(batch, self.reads)):
             added |= {f"{PREFIX}{number}_{name}": tensor for name, tensor in taken.items()}
         return batch | added
+
+
+def references_of_batch(
+    batch: Mapping[str, Any], reads: Sequence[tuple[Reference, str]]
+) -> list[dict[str, Tensor]]:
+    """What the references hold of a batch's tokens, one for each of `reads`, as `looked_up` gives it.
+
+    batch: input_ids [B, S]; attention_mask, position_ids and labels where it has them.
+    """
+    ids = batch["input_ids"]
+    keys = token_keys(ids, batch.get("attention_mask"), batch.get("position_ids"))
+    return [looked_up(reference, keys, _wanted(tokens, batch), ids) for reference, tokens in reads]
 
 
 def take_references(batch: dict[str, Any]) -> list[dict[str, Tensor]]:

@@ -62,6 +62,11 @@ def tap_of(h):
     return h.grad_fn
 
 
+def is_tapped(h):
+    """Whether a penalty of h, as it is, leaves its gradient with a tap."""
+    return tap_of(h) is not None
+
+
 def gradient_tap(h):
     """h itself, to be used in its place from here on: `block_penalty` of it then costs no gradient tensor of its own.
 

@@ -6,6 +6,7 @@ import pytest
 import tiny_llama as tiny
 import torch
 from test_trainer import adapted, adapter, history, largest_difference, make, rounding, rows  # noqa: F401
+from test_trainer_tap import untapped
 
 from lockin_fast.blocking import BlockTrainer
 from lockin_fast.blocking.reference import Reference
@@ -29,7 +30,7 @@ def train(folder, rows, model, **options):  # noqa: F811
 def test_a_compiled_model_trains_the_same_adapter(tmp_path, rows, how, backend):  # noqa: F811
     torch._dynamo.reset()
     expected, moved, penalty = train(tmp_path, rows, adapted(random_b=True))
-    model, options = adapted(random_b=True), {}
+    model, options, before = adapted(random_b=True), {}, untapped("the model is compiled")
     if how == "trainer":
         options = {"torch_compile": True, "torch_compile_backend": backend}
     elif how == "module":
@@ -38,6 +39,7 @@ def test_a_compiled_model_trains_the_same_adapter(tmp_path, rows, how, backend):
         model, options = torch.compile(model, backend=backend), {"remove_unused_columns": False}
     compiled, _, compiled_penalty = train(tmp_path, rows, model, **options)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert untapped("the model is compiled") > before
     assert compiled_penalty == pytest.approx(penalty, rel=rounding(rows)) and penalty[0] > 0
     assert largest_difference(compiled, expected) <= rounding(rows) * moved
     torch._dynamo.reset()

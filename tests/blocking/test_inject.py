@@ -158,11 +158,3 @@ def test_what_cannot_work_is_refused(rows):  # noqa: F811
             raise KeyError("of the loop")
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
-
-def test_a_cached_reference_is_refused():
-    from lockin_fast.cache import TokenStore
-
-    penalty = tiny.penalty()
-    penalty.reference = object.__new__(TokenStore)
-    with pytest.raises(ValueError, match="penalty: its reference is a cache"):
-        GradientInjection(adapted(), penalty)

@@ -6,9 +6,9 @@ import torch
 from cached_training import adapted, adapter, history, trainer
 from transformers import Trainer
 
-from lockin_fast.blocking import attach
+from lockin_fast.blocking import GradientInjection, attach
 from lockin_fast.blocking.write_cache import CacheSource, WriteSettings, write_hidden_states, write_latents
-from lockin_fast.cache import open_cache
+from lockin_fast.cache import CacheError, open_cache
 from lockin_fast.cache.collate import ReferenceCollator, take_references
 from lockin_fast.chat import PaddingCollator
 
@@ -178,3 +178,45 @@ def test_hidden_states_in_four_bits_cost_what_their_noise_says(tmp_path, rows, n
     trained = trainer(tmp_path, adapted(random_b=False), rows, quiet, max_steps=1, per_device_train_batch_size=24)
     trained.train()
     assert history(trained)[0] < 0.01 * expected
+
+
+def injected(model, batch, penalty):
+    """The adapter's gradients in a loop of one's own, and what the penalty cost."""
+    blocking = GradientInjection(model.train(), penalty)
+    labels = batch["labels"]
+    with blocking(labels, normalizer=float((labels[:, 1:] != -100).sum())):
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    logits.float().logsumexp(-1).mean().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return found, {name: value.item() for name, value in blocking.last.items()}
+
+
+@pytest.mark.parametrize("collator", [PaddingCollator(0), LeftPadding(0), Packing()], ids=lambda c: type(c).__name__)
+def test_a_loop_of_ones_own_reads_a_cache_too(caches, rows, collator):
+    batch, results = collator([rows[i] for i in range(6)]), []
+    for reference in ("live", open_cache(caches())):
+        results.append(injected(adapted(), batch, tiny.penalty(500.0, reference=reference)))
+    (exact, cost), (found, cached_cost) = results
+    assert cost["block_penalty"] > 0 and cached_cost == pytest.approx(cost, rel=1e-6)
+    for name, gradient in exact.items():
+        assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+
+
+def test_what_the_cache_of_a_loop_cannot_serve_is_refused(caches, rows):
+    batch, model = PaddingCollator(0)([rows[0], rows[1]]), adapted().train()
+    blocking = GradientInjection(model, tiny.penalty(reference=open_cache(caches())))
+    ids, labels = batch["input_ids"], batch["labels"]
+    with pytest.raises(CacheError, match="written for another autocast: there it is 'no', here 'bf16'"):
+        with blocking(labels, normalizer=1), torch.autocast("cpu", torch.bfloat16):
+            model(ids)
+    with pytest.raises(CacheError, match="lacks .* tokens of a batch; the first is token"):
+        with blocking(labels, normalizer=1):
+            model(ids.flip(1))
+    with pytest.raises(ValueError, match="input_ids: the model was called without, and a cache finds its tokens by"):
+        with blocking(labels, normalizer=1):
+            model(inputs_embeds=model.get_input_embeddings()(ids))
+    other = tiny.model()
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.zero_()
+    with pytest.raises(CacheError, match="another model"):
+        GradientInjection(other, tiny.penalty(reference=open_cache(caches())))
