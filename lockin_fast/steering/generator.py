@@ -49,7 +49,7 @@ class SteeredGenerator:
     The replies are those of `generate` with a steering hook, row by row: in float32 but for ties within rounding, in
     16 bits wherever the best token leads by more than their rounding. What steering cannot change is computed once:
     the layers up to `layer` see tokens alone, so they run once for every prompt, and while rows of one prompt have said
-    the same, once for all of them. The layers above run once a steering on the tokens that all prompts begin with, and
+    the same, once for all of them. The layers above run once a steering on the tokens that many prompts begin with, and
     by row from there. Rows that are complete leave and others enter.
 
     Costs memory for keys and values: batch_size * (longest prompt + max_new_tokens) tokens of all layers at most, and
