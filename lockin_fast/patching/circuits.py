@@ -162,20 +162,21 @@ def _recovery(
             return [part.tolist() for part in found]
 
         kept = _kept(parts / f"recovery-{seed}.json", effect)
-        effects.append(Effect(*(torch.tensor(part, dtype=torch.float64) for part in kept)))
+        clean, corrupt, patched = (torch.tensor(part, dtype=torch.float64) for part in kept)
+        effects.append(Effect(clean, corrupt, patched.view(len(sets.chosen), len(clean))))  # also of no set at all
         progress("recovery", done, len(sequences))
     whole = Effect(*(torch.cat(part, -1) for part in zip(*effects, strict=True)))
     gain = whole.clean - whole.corrupt
     error = gain.std() / len(gain) ** 0.5 if len(gain) > 1 else torch.tensor(torch.nan)
     sure = bool(gain.mean() > SURE * error and gain.mean() > LEAST)
     recovery = whole.recovery()
-    of_seeds = over_seeds(torch.stack([effect.recovery() for effect in effects]))
     rows = []
     for threshold, flag in zip(settings.thresholds, flags, strict=True):
         row = {"threshold": threshold, "heads": flag.nonzero().tolist(), "recovery": None, "error": None}
         if sure and flag.any():
             index, drawn = sets.of(flag)
-            row |= {"recovery": recovery[index].item(), "error": of_seeds.error[index].item()}
+            of_seeds = over_seeds(torch.stack([effect.recovery()[index] for effect in effects]))
+            row |= {"recovery": recovery[index].item(), "error": of_seeds.error.item()}
             if len(drawn):
                 low, high = recovery[drawn].quantile(torch.tensor([LOW, HIGH], dtype=torch.float64)).tolist()
                 row["random"] = {"mean": recovery[drawn].mean().item(), "low": low, "high": high, "draws": len(drawn)}

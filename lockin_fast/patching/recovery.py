@@ -50,7 +50,8 @@ def patching_effect(
         )
     layers = chosen.shape[1]
     first = torch.where(chosen.any(2), torch.arange(layers), layers).amin(1)  # [sets]
-    batches = first.argsort(stable=True).split(batch_size)  # those that start at the same layer share a batch
+    order = first.argsort(stable=True)  # those that start at the same layer share a batch
+    batches = order.split(batch_size) if len(chosen) else ()
     scores = clean.new_empty((2, len(clean)), dtype=torch.float64, device="cpu")
     patched = torch.empty(len(chosen), len(clean), dtype=torch.float64)
     for row, (whole, spoilt) in enumerate(zip(clean.tolist(), corrupt.tolist(), strict=True)):

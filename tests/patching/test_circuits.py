@@ -142,6 +142,14 @@ def test_recovery_means_nothing_where_the_copy_helps_nothing(world, tmp_path):
     assert all(row["recovery"] is None and row["random"] is None for row in found["thresholds"])
 
 
+def test_a_model_without_induction_heads(world, tmp_path):
+    silent = world / "checkpoints" / "step-000000"
+    settings = dataclasses.replace(SETTINGS, thresholds=(0.9, 1.0), checkpoints=world / "checkpoints")
+    found = json.loads(run_circuits(Config(model=silent, output=tmp_path, circuits=settings)).read_text())
+    assert all(row["heads"] == [] and row["recovery"] is None for row in found["thresholds"])
+    assert found["gain"] == pytest.approx(found["onset"][0]["gain"], rel=1e-5)
+
+
 def test_errors_come_before_any_file(world, tmp_path):
     output = tmp_path / "run"
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.onset import grow_control, look, repeating  # noqa: E402
+from benchmarks.induction_onset import grow_control, look, repeating  # noqa: E402
 
 
 def test_nothing_but_induction_tells_what_comes_next():
