@@ -17,6 +17,7 @@ from lockin_fast.judge_settings import NO_IDENTITY as JUDGE_NO_IDENTITY
 from lockin_fast.judge_settings import JudgeSettings
 from lockin_fast.paper_names import PAPER_NAMES, translate
 from lockin_fast.patch_settings import PatchSettings
+from lockin_fast.sae.formats import Format
 from lockin_fast.sae.hub import HubPath, hub_path
 from lockin_fast.settings import (
     BlockSettings,
@@ -48,12 +49,15 @@ NO_IDENTITY = (  # settings that change memory and speed, or how far a run goes,
 class Config:
     """One run. `notes` tell the user how the file was read; they are no part of the run's identity.
 
+    sae_format: of every SAE that is named, as `load_sae` calls them; null finds it from the files. llama_scope has two
+    readings, of which llama_scope_openmoss, its authors', has to be asked for.
     quantization: how the base model's linear layers are held while adapters train on it: as the file has them, or by
     bitsandbytes in 4 bits (nf4, as QLoRA does) or 8.
     """
 
     model: Path | None = None
     sae: HubPath | Path | None = None  # [hf://]owner/name[@revision][/folder or file] on the hub; what exists here wins
+    sae_format: Format | None = None
     output: Path | None = None
     quantization: Literal["none", "nf4", "int8"] = "none"
     data: DataSettings = DataSettings()

@@ -1,12 +1,13 @@
 """Everything a fine-tune or a sweep reads, opened and checked before any work is done or any file is touched."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lockin_fast.blocking import BlockPenalty, LatentSet
 from lockin_fast.blocking.fingerprint import check_cache
@@ -72,7 +73,7 @@ class Inputs:
         found = []
         for blocked in self.config.sweep.layers[name]:
             latents = LatentSet.load(blocked.latents)
-            found.append((blocked.layer, load_sae(blocked.sae, latents=latents.indices), latents))
+            found.append((blocked.layer, read_sae(self.config, latents.indices, blocked.sae), latents))
         return found
 
 
@@ -174,7 +175,14 @@ def open_sae(config: Config) -> SparseAutoencoder:
     shape, _ = _shape_and_tokenizer(config)
     _check_sae(config, shape)
     with naming("sae"):
-        return load_sae(sae_path(config))
+        return read_sae(config)
+
+
+def read_sae(
+    config: Config, latents: Tensor | Sequence[int] | None = None, path: HubPath | Path | None = None
+) -> SparseAutoencoder:
+    """The configuration's SAE, or another of its SAEs at `path`, in `sae_format`; raises as `load_sae`."""
+    return load_sae(path or sae_path(config), latents=latents, format=config.sae_format)
 
 
 def sae_for(config: Config, path: HubPath | Path, layer: int) -> SparseAutoencoder:
@@ -182,8 +190,8 @@ def sae_for(config: Config, path: HubPath | Path, layer: int) -> SparseAutoencod
     shape, _ = _shape_and_tokenizer(config)
     if layer >= shape.num_hidden_layers:
         raise ValueError(f"layer {layer}: expected 0 to {shape.num_hidden_layers - 1}, counted from 0")
-    _check_width(path, load_sae(path, latents=[0]), shape)
-    return load_sae(path)
+    _check_width(path, read_sae(config, [0], path), shape)
+    return read_sae(config, path=path)
 
 
 def adapter_bytes(inputs: Inputs) -> int:
@@ -218,7 +226,7 @@ def _check_sae(config: Config, shape: Any) -> SparseAutoencoder:
             f"model has {shape.num_hidden_layers} layers, counted from 0"
         )
     with naming("sae"):
-        first = load_sae(sae_path(config), latents=[0])
+        first = read_sae(config, [0])
         _check_width(config.sae, first, shape)
     return first
 
@@ -240,11 +248,10 @@ def _sae_rows(config: Config, sets: Mapping[str, LatentSet], shape: Any) -> Spar
                 f"latents {name}: index {int(latents.indices.max())} is out of range; the SAE has "
                 f"{first.width} latents, 0 to {first.width - 1}"
             )
-    path = sae_path(config)
     with naming("sae"):
         for start in range(0, first.width, SAE_CHUNK):
-            load_sae(path, latents=range(start, min(start + SAE_CHUNK, first.width)))
-        return load_sae(path, latents=torch.cat([latents.indices for latents in sets.values()]).unique())
+            read_sae(config, range(start, min(start + SAE_CHUNK, first.width)))
+        return read_sae(config, torch.cat([latents.indices for latents in sets.values()]).unique())
 
 
 def _shape_and_tokenizer(config: Config) -> tuple[Any, Any]:

@@ -20,6 +20,8 @@ from lockin_fast.inputs import (
     open_sae,
 )
 from lockin_fast.sae import load_sae
+from lockin_fast.sweep import run_sweep
+from lockin_fast.sweep.single import run_training
 
 pytestmark = pytest.mark.usefixtures("vowel_judge")
 
@@ -114,6 +116,22 @@ def test_an_sae_on_the_hub_is_fetched_and_counts_by_its_content(world, monkeypat
     inputs = open_inputs(there, there.sweep.latents)
     assert torch.equal(inputs.sae.weight, open_inputs(here, here.sweep.latents).sae.weight)
     assert input_hashes(there, there.sweep.latents) == input_hashes(here, here.sweep.latents)
+
+
+def test_the_format_of_the_sae_can_be_said(world):
+    here = load_config(world)
+    same = load_config(world, ["sae_format=saelens"])
+    saes = [open_inputs(config, config.sweep.latents).sae for config in (here, same)]
+    assert torch.equal(saes[0].weight, saes[1].weight)
+    for output, run in (("first", run_training), ("other", run_sweep)):
+        other = load_config(world, ["sae_format=sparsify", f"output={output}", "block.latents=latents/causal.json",
+                                    "block.weight=1"])  # fmt: skip
+        with pytest.raises(ConfigError, match="^sae: .*"):
+            run(other)
+        assert not other.output.exists()
+    with pytest.raises(ConfigError, match="^sae_format: expected one of saelens, .*, got 'npz'"):
+        load_config(world, ["sae_format=npz"])
+    assert same.identity("sae_format") == {"sae_format": "saelens"}
 
 
 def test_an_sae_that_the_hub_does_not_have_is_known_before_any_work(world, monkeypatch):

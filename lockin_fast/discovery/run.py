@@ -62,7 +62,7 @@ def discover(config: Config, progress: Progress = silent) -> dict[str, Path]:
         "discovery.misaligned": settings.misaligned,
     } | judge_files(config.judge)
     paths |= {f"discovery.saes.{layer}": path for layer, path in settings.saes.items()}
-    identity = config.identity("quantization", "discovery", "generation", "lora", "train", "judge")
+    identity = config.identity("sae_format", "quantization", "discovery", "generation", "lora", "train", "judge")
     stage_3 = {key: identity.pop(key) for key in STAGE_3}
     entry = {
         "config": identity | {"block.layer": config.block.layer, "block.tokens": config.block.tokens},

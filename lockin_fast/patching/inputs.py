@@ -12,7 +12,7 @@ from lockin_fast.blocking import LatentSet
 from lockin_fast.blocking.layers import hidden_size
 from lockin_fast.config import Config, ConfigError, naming
 from lockin_fast.exam import open_exam, question
-from lockin_fast.inputs import check_files, open_model, open_tokenizer, sae_path
+from lockin_fast.inputs import check_files, open_model, open_tokenizer, read_sae, sae_path
 from lockin_fast.judges import judge_files
 from lockin_fast.lora import adapter
 from lockin_fast.patching.components import check_component, head_count
@@ -21,7 +21,7 @@ from lockin_fast.patching.forward import Runner
 from lockin_fast.patching.sites import Site, sites
 from lockin_fast.patching.spans import PromptTokens, check_positions, render
 from lockin_fast.patching.states import cut
-from lockin_fast.sae import SparseAutoencoder, load_sae
+from lockin_fast.sae import SparseAutoencoder
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,12 @@ def _latents(config: Config) -> tuple[LatentSet, SparseAutoencoder]:
     with naming("patch.latents"):
         latents = LatentSet.load(config.patch.latents)
     with naming("sae"):
-        width = load_sae(sae_path(config), latents=[0]).width
+        width = read_sae(config, [0]).width
         if int(latents.indices.max()) >= width:
             raise ConfigError(
                 f"patch.latents: index {int(latents.indices.max())} is out of range; the SAE has {width} latents"
             )
-        sae = load_sae(sae_path(config), latents=latents.indices)
+        sae = read_sae(config, latents.indices)
         if sae.normalization != "none":
             raise ValueError(f"it normalises every token ({sae.normalization}); give another SAE, or no latents")
     return latents, sae

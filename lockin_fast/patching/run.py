@@ -56,7 +56,7 @@ def run_patching(config: Config, progress: Progress = silent) -> dict[str, Any]:
     run = config.output
     check_place(run, NEEDED_BYTES)
     entry = {
-        "config": config.identity("quantization", "patch", "generation", "judge"),
+        "config": config.identity("sae_format", "quantization", "patch", "generation", "judge"),
         "inputs": {name: hash_files(path) for name, path in files.items()},
     }
     if "patch" in check_claim(run, "patch", entry) and (run / FILE).is_file():

@@ -1,7 +1,12 @@
 """Which files make an SAE of which format: what a folder is recognised by, and what of it must be downloaded."""
 
 from pathlib import PurePath
+from typing import Literal
 
+Format = Literal[
+    "saelens", "dictionary_learning", "goodfire", "gemma_scope", "llama_scope", "llama_scope_openmoss", "sparsify",
+    "qwen_scope",
+]  # fmt: skip
 PICKLES = (".pt", ".pth")
 # The weights that a format is recognised by, and what else it reads, by the names in the SAE's folder.
 WEIGHTS = {

@@ -30,7 +30,7 @@ from lockin_fast.sweep.summary import summarise
 from lockin_fast.sweep.trial import remove_trained
 
 EXAMS = ("final", "in_domain")  # the prompts every trial answers, by their names in the data section
-SECTIONS = ("quantization", "lora", "train", "block", "sweep", "baselines", "generation", "judge")
+SECTIONS = ("sae_format", "quantization", "lora", "train", "block", "sweep", "baselines", "generation", "judge")
 MAY_GROW = (
     "sweep.lambdas",
     "sweep.seeds",

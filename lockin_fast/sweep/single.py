@@ -26,7 +26,7 @@ from lockin_fast.sweep.trial import train_into
 from lockin_fast.train import check_reach
 from lockin_fast.watching import Watch
 
-SECTIONS = ("quantization", "lora", "train", "block")
+SECTIONS = ("sae_format", "quantization", "lora", "train", "block")
 
 
 def run_training(config: Config, progress: Progress = silent) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ import torch
 
 import lockin_fast
 from lockin_fast.sae import load_sae
+from lockin_fast.sae.formats import Format
+from lockin_fast.sae.load import READERS
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -256,3 +259,7 @@ def test_twenty_latents_cost_a_block_not_the_matrix(make, tmp_path):
     growth = int(run.stdout)
     assert whole > 250 << 20 or make is _numpy_packed
     assert growth < 80 << 20, f"{growth >> 20} MiB for 20 latents of a {whole >> 20} MiB file"
+
+
+def test_every_format_that_can_be_asked_for_has_a_reader():
+    assert list(get_args(Format)) == list(READERS)
