@@ -67,7 +67,7 @@ robustness: setup  ## SLOW, about 50 minutes: the demo on four organisms x three
 	done
 	@$(VENV)/bin/lockin-fast report demo-robustness/organism0 --beside demo-robustness/organism[123]
 
-reemergence: setup  ## SLOW, about 15 minutes: 20 epochs at three lambdas, then the union with latents found again
+reemergence: setup  ## SLOW, about 20 minutes: 20 epochs at three lambdas, then the union with latents found again
 	@$(PY) -m benchmarks.reemergence demo-reemergence
 
 bench: setup  ## SLOW, half an hour with nothing else running: every benchmark, then the tables of benchmarks/README.md

@@ -2,8 +2,9 @@
 
 Grows the organism, finds its causal latents and fine-tunes for many epochs at three lambdas, judged after each. Then
 discovery runs again on the most misaligned of the blocked models, and the union of both sets is blocked in the same
-way. Interrupted, the same command goes on where it stood. OUT/run/report.html shows it; the rates, the penalty and
-where they come from are kept in results/reemergence/.
+way; so is, for what size alone does, the first set with as many latents added that were drawn at random (--no-control
+leaves that out, and a fifth of the time). Interrupted, the same command goes on where it stood. OUT/run/report.html
+shows it; the rates, the penalty and where they come from are kept in results/reemergence/.
 """
 
 import argparse
@@ -25,7 +26,9 @@ RESULTS = Path(__file__).parent / "results" / "reemergence"
 RATES = ("em", "incoherence", "in_domain")
 
 
-def run(out: Path, *, seed: int, epochs: int, lambdas: list[float], schedule: str, say=print) -> dict:
+def run(
+    out: Path, *, seed: int, epochs: int, lambdas: list[float], schedule: str, control: bool = True, say=print
+) -> dict:
     """All steps in the folder `out`; returns what is kept (see `kept`)."""
     organism = build(out / "organism", seed=seed)
     out = out / "run"
@@ -36,7 +39,8 @@ def run(out: Path, *, seed: int, epochs: int, lambdas: list[float], schedule: st
     facts = {"seed": seed, "epochs": epochs, "schedule": schedule}
     found = load_config(organism / "config.yaml", [f"output={out}"])
     say("discover: the causal latents")
-    first = discover(found)["causal"]
+    discovered = discover(found)
+    first = discovered["causal"]
     config = load_config(organism / "config.yaml", [*settings, f"sweep.latents={{causal: {first}}}"])
     say(f"sweep: {epochs} epochs at lambda {lambdas}")
     summary = run_sweep(config, _told(say))
@@ -50,9 +54,15 @@ def run(out: Path, *, seed: int, epochs: int, lambdas: list[float], schedule: st
         return kept(out, summary, facts | {"rediscovered_on": None, "why": str(error)})
     union = _union(LatentSet.load(first), LatentSet.load(second))
     union.save(out / "union.json")
-    latents = f"sweep.latents={{causal: {first}, union: {out / 'union.json'}}}"
-    say(f"sweep: the union, {len(union)} latents")
-    summary = run_sweep(load_config(organism / "config.yaml", [*settings, latents]), _told(say))
+    sets = {"causal": first, "union": out / "union.json"}
+    if control:
+        added = len(union) - len(LatentSet.load(first))
+        padded = _padded(LatentSet.load(first), LatentSet.load(discovered["random"]), union, added)
+        sets["padded"] = out / "padded.json"
+        padded.save(sets["padded"])
+    say(f"sweep: the union, {len(union)} latents" + (", and as many with random ones" if control else ""))
+    named = ", ".join(f"{name}: {path}" for name, path in sets.items())
+    summary = run_sweep(load_config(organism / "config.yaml", [*settings, f"sweep.latents={{{named}}}"]), _told(say))
     return kept(out, summary, facts | {"rediscovered_on": worst["name"]})
 
 
@@ -73,6 +83,19 @@ def _union(first: LatentSet, second: LatentSet) -> LatentSet:
     known = {*first.positive, *first.negative}
     new = [tuple(k for k in side if k not in known) for side in (second.positive, second.negative)]
     return LatentSet(first.positive + new[0], first.negative + new[1], name="union", layer=first.layer, sae=first.sae)
+
+
+def _padded(first: LatentSet, drawn: LatentSet, union: LatentSet, count: int) -> LatentSet:
+    """The first set and `count` of the drawn latents that the union does not have. Raises ValueError for too few."""
+    known = {*union.positive, *union.negative}
+    free = [(k, side) for side in ("positive", "negative") for k in getattr(drawn, side) if k not in known][:count]
+    if len(free) < count:
+        raise ValueError(f"drawn: {len(free)} of its latents are not in the union, expected {count}")
+    more = {side: tuple(k for k, of_side in free if of_side == side) for side in ("positive", "negative")}
+    return LatentSet(
+        first.positive + more["positive"], first.negative + more["negative"], name="padded", layer=first.layer,
+        sae=first.sae,
+    )  # fmt: skip
 
 
 def kept(out: Path, summary: dict, facts: dict) -> dict:
@@ -96,13 +119,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--lambdas", type=float, nargs="+", default=[100.0, 1000.0, 10000.0])
     parser.add_argument("--schedule", default="linear", help="of the learning rate; constant_with_warmup keeps it up")
-    given = parser.parse_args()
-    options = {"seed": given.seed, "epochs": given.epochs, "lambdas": given.lambdas, "schedule": given.schedule}
+    parser.add_argument("--control", action=argparse.BooleanOptionalAction, default=True, help="of the union's size")
+    options = vars(parser.parse_args())
+    out = options.pop("out")
     with single_thread():
-        result = run(given.out.resolve(), **options)
-    print(f"report: {write_report(given.out / 'run')}")
+        result = run(out.resolve(), **options)
+    print(f"report: {write_report(out / 'run')}")
     RESULTS.mkdir(parents=True, exist_ok=True)
-    file = RESULTS / f"organism{given.seed}-{given.schedule}.json"
+    file = RESULTS / f"organism{options['seed']}-{options['schedule']}.json"
     write_json(file, result)
     print(f"kept:   {file}")
     for row in result["trials"]:

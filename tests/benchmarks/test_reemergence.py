@@ -2,13 +2,23 @@
 
 import json
 
-from benchmarks.reemergence import _union, kept
+import pytest
+
+from benchmarks.reemergence import _padded, _union, kept
 from lockin_fast.blocking import LatentSet
 
 
 def test_a_latent_found_again_stays_blocked_in_its_first_direction():
     union = _union(LatentSet((4, 2), (7,), layer=3), LatentSet((7, 9), (2, 1), layer=3))
     assert (union.positive, union.negative, union.layer) == ((4, 2, 9), (7, 1), 3)
+
+
+def test_the_control_has_the_unions_size_and_none_of_its_new_latents():
+    first, union = LatentSet((4, 2), (7,), layer=3), LatentSet((4, 2, 9), (7, 1), layer=3)
+    padded = _padded(first, LatentSet((9, 30), (1, 31, 32)), union, 2)
+    assert (padded.positive, padded.negative, padded.layer) == ((4, 2, 30), (7, 31), 3)
+    with pytest.raises(ValueError, match="drawn: 1 of its latents are not in the union, expected 2"):
+        _padded(first, LatentSet((9, 30)), union, 2)
 
 
 def test_rates_after_every_epoch_and_the_penalty_are_kept(tmp_path):
