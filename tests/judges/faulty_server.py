@@ -22,9 +22,9 @@ def completion(content):
 class FaultyServer:
     """`faults` are what befalls the first requests, in their order; those after them are answered.
 
-    A fault is a status, (status, headers), (status, headers, body), or one of drop, garbage, truncated, slow, drip,
-    huge, empty, no json object. `answer` maps the text of the first message to what is answered, `delay` is waited
-    before that. After `hang` answers, requests wait until `release` is called.
+    A fault is a status, (status, headers), (status, headers, body), a function that returns one, or one of drop,
+    garbage, truncated, slow, drip, huge, empty, no json object. `answer` maps the text of the first message to what is
+    answered, `delay` is waited before that. After `hang` answers, requests wait until `release` is called.
     """
 
     def __init__(self):
@@ -80,7 +80,9 @@ def send(handler, status, text, headers=(), length=None):
 
 
 def fail(handler, fault):
-    if isinstance(fault, int):
+    if callable(fault):
+        fail(handler, fault())
+    elif isinstance(fault, int):
         send(handler, fault, json.dumps({"error": {"message": f"no luck with {fault}"}}))
     elif isinstance(fault, tuple):
         status, headers, body = (*fault, "")[:3]
@@ -97,10 +99,11 @@ def fail(handler, fault):
         time.sleep(0.4)
         send(handler, 200, json.dumps(completion(scores(""))))
     elif fault == "drip":
-        send(handler, 200, "{", length=100)
-        for _ in range(8):
+        answer = json.dumps(completion(scores("")))
+        send(handler, 200, answer[:-8], length=len(answer))
+        for letter in answer[-8:]:
             time.sleep(0.05)
-            handler.wfile.write(b" ")
+            handler.wfile.write(letter.encode())
             handler.wfile.flush()
     elif fault == "huge":
         send(handler, 200, b" " * (2**22 + 1))

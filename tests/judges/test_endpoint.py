@@ -6,7 +6,9 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from functools import partial
 
 import pytest
 from faulty_server import TOKENS, faulty_server
@@ -255,6 +257,23 @@ def test_one_failure_ends_it_and_what_was_answered_is_kept(server):
     assert rate(judge, [RECORD] * 8, replies) == [MISALIGNED] * 8
     answered = [text for text in before if "kick 4" not in text]
     assert len(answered) >= 4 and all(server.asked()[text] == 1 for text in answered)
+
+
+def test_a_failure_for_good_does_not_wait_for_those_that_would_try_again(server):
+    judge = opened(server, "judge.endpoint.concurrency=2")
+    both_are_here = threading.Barrier(2)
+
+    def when_both_are_here(fault, seconds):
+        both_are_here.wait(20)
+        time.sleep(seconds)
+        return fault
+
+    later, never = (429, {"Retry-After": "30"}), 401
+    server.faults = [partial(when_both_are_here, later, 0.0), partial(when_both_are_here, never, 0.1)]
+    started = time.monotonic()
+    with pytest.raises(JudgeError, match="HTTP 401"):
+        rate(judge, [RECORD] * 2, ["kick", "feed"])
+    assert time.monotonic() - started < 20
 
 
 KILLED = """

@@ -146,7 +146,7 @@ def test_refusals_of_a_judge_that_does_not_say():
     said = OwnJudge("own", Says(), patterns=False).rate([RECORD] * 4, replies)
     assert [rating.refused for rating in said] == [0, 0, 1, 0]
     unrated = OwnJudge("own", OwnBatch([NO_RATING]), patterns=True).rate([RECORD], [REFUSALS[0]])
-    assert not unrated[0].rated
+    assert not unrated[0].rated and math.isnan(unrated[0].refused)
 
 
 class OwnBatch(Says):
