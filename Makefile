@@ -9,7 +9,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 SAY = @printf '\n==> %s\n'
-TRAINERS := tests/blocking tests/steering tests/test_train.py tests/test_quantized.py tests/test_examples.py
+TRAINERS := tests/blocking tests/test_resuming.py tests/steering tests/test_train.py tests/test_quantized.py tests/test_examples.py
 BUILD_INPUTS := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: setup help test slow report-test lint demo robustness reemergence mutations bench bench-micro peers clean

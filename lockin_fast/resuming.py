@@ -91,7 +91,10 @@ class Resumption:
                 if self.to_restore:
                     resumption._restore(trainer)
 
-            def on_epoch_begin(self, args, state, control, **kwargs):
+            def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+                if self.to_restore:
+                    # Older versions of accelerate draw the first epoch's order where batches are skipped.
+                    train_dataloader.set_epoch(int(state.epoch))
                 self.between_steps(state, "epochs")
                 self.epoch_began = True  # and the data loader draws from the random state before its first step
 
