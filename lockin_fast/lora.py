@@ -165,7 +165,7 @@ def save_adapter(peft_model: nn.Module, folder: str | os.PathLike) -> None:
         if parameter.requires_grad and not parameter.isfinite().all():
             raise FloatingPointError(f"adapter weight {name} is not finite; lower the learning rate or lambda")
     try:
-        peft_model.save_pretrained(folder)
+        peft_model.save_pretrained(folder, save_embedding_layers=False)  # else PEFT looks for the base model's files
     except SafetensorError as error:  # how a full disk shows
         raise OSError(f"output: the adapter could not be written to {folder}: {error}") from error
     path = Path(folder) / "adapter_config.json"

@@ -72,7 +72,7 @@ class Resumption:
             trainer.train()
         else:
             with tempfile.TemporaryDirectory() as folder:
-                trainer.model.save_pretrained(folder)  # the Trainer wants some adapter there
+                trainer.model.save_pretrained(folder, save_embedding_layers=False)  # some has to be there
                 state = json.dumps(self._state["trainer"])
                 Path(folder, "trainer_state.json").write_text(state, encoding="utf-8")
                 trainer.train(resume_from_checkpoint=folder)
