@@ -26,8 +26,8 @@ from lockin_fast.patching.spans import PromptTokens
 POSITIONS = ("prefix", "generated")
 CASES = {  # layers, width, heads, vocabulary, prompt, reply, contrasts, batch
     "small": (3, 64, 4, 128, (9, 14), (3, 6), 8, 16),
-    "organism": (6, 128, 4, 512, (16, 22), (4, 9), 45, 64),
-    "width 512": (12, 512, 8, 8192, (40, 70), (12, 24), 16, 16),
+    "organism": (6, 128, 4, 512, (16, 22), (4, 9), 45, 128),  # the shape of its model and of its chats
+    "width 384": (12, 384, 6, 4096, (40, 70), (12, 24), 8, 16),
 }
 
 

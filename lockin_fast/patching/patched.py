@@ -14,6 +14,10 @@ from lockin_fast.ops.patch import patch_
 from lockin_fast.patching.components import Component
 from lockin_fast.patching.forward import Edit, KeysValues, Runner
 from lockin_fast.patching.states import Clean, Part, Source, last_column, logprobs, taken
+from lockin_fast.patching.tokens import Tokens
+
+GROUP_TOKENS = 512  # that a forward of their own is worth
+FILLED = 0.75  # of a row's columns that hold tokens, at least
 
 
 @dataclass(frozen=True)
@@ -70,22 +74,28 @@ class PatchedRuns:
         rows = self._tensor([p.row + half * count for half in (0, 1) for p in placed])  # of the replies
         replies = self.target.replies.rows(rows)
         scores = logprobs(prompts.logits.repeat(2, 1), replies.input_ids[:, 0])
-        width = replies.input_ids.shape[1] - 1  # the last token is predicted, and predicts nothing
-        if width:
-            tokens = replies.without_last()
-            prompt = self._tensor(range(len(placed))).repeat(2)
-            patched = [(i, p.head) for i, p in enumerate((*placed, *placed)) if p.reply]
-            listed = [(i, column, int(rows[i]), head) for i, head in patched for column in range(width)]
-            hidden, edits = self._patched("reply", rows, 0, width, listed)
-            at = replies.real[:, 1:].nonzero()
-            outcome = self.runner.run(
-                tokens, start=self.start, hidden=hidden, past=taken(prompts.keys_values, prompt), edits=edits,
-                logits_at=at,
-            )  # fmt: skip
-            told = logprobs(outcome.logits, replies.input_ids[:, 1:][at[:, 0], at[:, 1]])
-            scores = scores.index_add(0, at[:, 0], told)
+        twice = (*placed, *placed)
+        for some in _of_like_length((replies.real.sum(1) - 1).tolist()):
+            scores[some] += self._rest([twice[i] for i in some], rows[some], replies.rows(self._tensor(some)), prompts,
+                                       self._tensor(some) % len(placed))  # fmt: skip
         misaligned, aligned = scores.view(2, -1)
         return misaligned - aligned
+
+    def _rest(
+        self, placed: Sequence[Placed], rows: Tensor, replies: Tokens, prompts: PatchedPrompts, prompt: Tensor
+    ) -> Tensor:
+        """log p of the replies' tokens after their first: fp32 [n]. prompt: where theirs are in `prompts`."""
+        width = int(replies.real.sum(1).max()) - 1  # the last token is predicted, and predicts nothing
+        patched = [(i, int(rows[i]), p.head) for i, p in enumerate(placed) if p.reply]
+        listed = [(i, column, row, head) for i, row, head in patched for column in range(width)]
+        hidden, edits = self._patched("reply", rows, 0, width, listed)
+        at = replies.real[:, 1:].nonzero()
+        outcome = self.runner.run(
+            replies.to_column(width), start=self.start, hidden=hidden, past=taken(prompts.keys_values, prompt),
+            edits=edits, logits_at=at,
+        )  # fmt: skip
+        told = logprobs(outcome.logits, replies.input_ids[:, 1:][at[:, 0], at[:, 1]])
+        return torch.zeros(len(placed), device=told.device).index_add(0, at[:, 0], told)
 
     def _patched(self, part: Part, rows: Tensor, first: int, width: int, listed: Sequence[tuple]) -> tuple:
         """What layer `start` reads, [N, width, d] from column `first` on, and the edits above it.
@@ -107,3 +117,16 @@ class PatchedRuns:
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.int64, device=self.runner.device)
+
+
+def _of_like_length(lengths: Sequence[int]) -> list[list[int]]:
+    """The numbers of what has a length, in groups with few pads, each of GROUP_TOKENS or more but for the last."""
+    groups: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not lengths[number]:
+            break
+        longest = lengths[groups[-1][0]] if groups else 0
+        if not groups or (lengths[number] < FILLED * longest and longest * len(groups[-1]) >= GROUP_TOKENS):
+            groups.append([])
+        groups[-1].append(number)
+    return groups

@@ -33,9 +33,15 @@ class Tokens:
         """The tokens from this column on, those before it as read already."""
         return Tokens(self.input_ids[:, column:], self.attention_mask, self.position_ids[:, column:])
 
+    def to_column(self, column: int) -> "Tokens":
+        """The tokens before this column."""
+        return Tokens(
+            self.input_ids[:, :column], self.attention_mask[:, : self.read + column], self.position_ids[:, :column]
+        )
+
     def without_last(self) -> "Tokens":
         """These without their last column."""
-        return Tokens(self.input_ids[:, :-1], self.attention_mask[:, :-1], self.position_ids[:, :-1])
+        return self.to_column(self.input_ids.shape[1] - 1)
 
     def joined(self, following: "Tokens") -> "Tokens":
         """These and what follows them as one batch."""

@@ -7,7 +7,7 @@ import tiny_families
 import torch
 from tiny_families import FAMILIES, LAYERS, PROMPTS, REPLIES
 
-from lockin_fast.patching import logit_difference
+from lockin_fast.patching import logit_difference, patched
 from lockin_fast.patching.components import COMPONENTS
 from lockin_fast.patching.forward import Runner
 from lockin_fast.patching.logit_difference import Contrast, differences
@@ -141,8 +141,17 @@ def test_nothing_is_computed_that_cannot_change(model, monkeypatch):
     monkeypatch.setattr(runner, "run", counted)
     wanted = sites(("repair",), ("residual",), (1,), ("last", "generated"), heads=4)
     differences(runner, sides, CONTRASTS, wanted, batch_size=6)
-    assert seen[:6] == 2 * [(0, (3, 7)), (0, (6, 3))] + 2 * [(LAYERS, (6, 3))]  # both sides, clean, and their logits
-    assert seen[6:] == [(2, (6, 3)), (2, (3, 1)), (2, (6, 3))]  # replies; the last token of each prompt; replies
+    assert seen[:4] == 2 * [(0, (3, 7)), (0, (6, 3))]  # both sides, clean
+    assert seen[4:6] == 2 * [(LAYERS, (4, 3))]  # their logits; two of six replies have one token, which is foretold
+    assert seen[6:] == [(2, (4, 3)), (2, (3, 1)), (2, (4, 3))]  # replies; the last token of each prompt; replies
+
+
+def test_replies_of_like_length_share_a_forward():
+    lengths = [90, 10, 80, 0, 40, 90, *[80] * 9, *[30] * 20]
+    groups = patched._of_like_length(lengths)
+    assert sorted(n for group in groups for n in group) == [n for n, length in enumerate(lengths) if length]
+    assert [[lengths[n] for n in group] for group in groups] == [[90, 90, *[80] * 10], [40, *[30] * 20], [10]]
+    assert len(patched._of_like_length([9] * 10 + [1] * 10)) == 1  # too few to be worth two forwards
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
