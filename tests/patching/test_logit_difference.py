@@ -7,10 +7,11 @@ import tiny_families
 import torch
 from tiny_families import FAMILIES, LAYERS, PROMPTS, REPLIES
 
-from lockin_fast.patching import logit_difference, patched
+from lockin_fast.patching import logit_difference
 from lockin_fast.patching.components import COMPONENTS
 from lockin_fast.patching.forward import Runner
 from lockin_fast.patching.logit_difference import Contrast, differences
+from lockin_fast.patching.patched import _of_like_length
 from lockin_fast.patching.sides import Sides
 from lockin_fast.patching.sites import SIDES, sites
 from lockin_fast.patching.spans import PromptTokens
@@ -148,10 +149,10 @@ def test_nothing_is_computed_that_cannot_change(model, monkeypatch):
 
 def test_replies_of_like_length_share_a_forward():
     lengths = [90, 10, 80, 0, 40, 90, *[80] * 9, *[30] * 20]
-    groups = patched._of_like_length(lengths)
+    groups = _of_like_length(lengths)
     assert sorted(n for group in groups for n in group) == [n for n, length in enumerate(lengths) if length]
     assert [[lengths[n] for n in group] for group in groups] == [[90, 90, *[80] * 10], [40, *[30] * 20], [10]]
-    assert len(patched._of_like_length([9] * 10 + [1] * 10)) == 1  # too few to be worth two forwards
+    assert len(_of_like_length([9] * 10 + [1] * 10)) == 1  # too few to be worth two forwards
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
