@@ -204,7 +204,7 @@ class Runner:
             last = self.run(
                 whole.from_column(2), start=middle, hidden=below[:, 2:], past=read, logits_at=ids.new_tensor([[0, 0]])
             )
-        except (RuntimeError, TypeError, KeyError, AttributeError, IndexError) as error:
+        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"model: {name} cannot be run in part: {type(error).__name__}: {reason}") from error
         for found in (upper, last):

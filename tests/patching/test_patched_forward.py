@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import tiny_families
 import torch
+import transformers
 from tiny_families import FAMILIES, LAYERS, PROMPTS, REPLIES
 
 from lockin_fast.patching.components import COMPONENTS
@@ -131,12 +132,31 @@ def test_what_does_not_fit_is_said_before_any_work(monkeypatch):  # a layer that
     [
         (lambda: tiny_families.model("Llama").train(), "training mode"),
         (lambda: compiled(tiny_families.model("Llama")), "compiled"),
+        (lambda: mamba(), "MambaForCausalLM cannot be run in part"),
+        (lambda: sharing_keys(), "Gemma3nForCausalLM cannot be run in part"),
         (lambda: handing_on(tiny_families.model("Llama")), "hand each other more than the hidden state"),
     ],
 )
 def test_models_that_cannot_be_run_in_part_are_refused(broken, message):
     with pytest.raises(ValueError, match=f"^model: .*{message}"):
         Runner(broken())
+
+
+def mamba():
+    """A model that reads its past from a state and has no keys and values."""
+    config = transformers.MambaConfig(vocab_size=48, hidden_size=32, num_hidden_layers=2, state_size=4)
+    return transformers.MambaForCausalLM(config).eval()
+
+
+def sharing_keys():
+    """A model whose upper layers read the keys and values of lower ones."""
+    config = transformers.Gemma3nTextConfig(
+        vocab_size=48, vocab_size_per_layer_input=48, hidden_size=32, hidden_size_per_layer_input=8,
+        intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2, laurel_rank=4,
+        altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 4,
+    )  # fmt: skip
+    return transformers.Gemma3nForCausalLM(config).eval()
 
 
 def compiled(model):
