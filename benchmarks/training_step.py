@@ -4,12 +4,14 @@ A 12-layer Llama of width 768 (vocabulary 32,000), LoRA r=16 on the attention, t
 supervised, 20 latents at layer index 7, fp32 and bf16 weights. A step is: make the batch, forward, backward, AdamW.
 Beside plain fine-tuning, the ways to get the reference, as people write them today (every hidden state kept, h upcast
 to fp32, the K encoder rows as an eager product, PEFT's own disable_adapter) and ours (`BlockTrainer`). All of them
-train the same model in turn, interleaved; memory is the peak of a process of its own, without what the imports took.
+train the same model in turn, interleaved; memory is the peak of a process of its own, without what the imports took,
+the median of five such processes, for a single peak varies by some per cent with what malloc gives back when.
 Written to results/training_step.csv; --small is a quick look at a tiny model, and writes nothing.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,6 +24,7 @@ import torch
 from benchmarks.measure import describe, interleaved, provenance, write_csv
 
 LAYERS, LAYER, LATENTS, WEIGHT, ROWS, LENGTH = 12, 7, 20, 10.0, 2, 256
+PROCESSES = 5  # of every way, for its memory
 PLAIN, CACHED, LIVE = "plain fine-tuning", "ours, cached latents", "ours, live reference"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -238,7 +241,11 @@ def width_of(options):
 
 def rows_of(options, dtype):
     timings = seconds(dtype, width_of(options), options.rounds, options.device)
-    memory = {name: in_a_process(options, dtype, name) for name in WAYS}
+    peaks = {name: [] for name in WAYS}
+    for _ in range(PROCESSES):
+        for name, found in peaks.items():
+            found.append(in_a_process(options, dtype, name))
+    memory = {name: statistics.median(found) for name, found in peaks.items()}
     best_live = min(timings[name].median for name in WAYS if name not in (PLAIN, CACHED, LIVE))
     for name, timing in timings.items():
         yield {
@@ -253,6 +260,8 @@ def rows_of(options, dtype):
             "over_plain": round(timing.median / timings[PLAIN].median, 4),
             "best_live_over_this": round(best_live / timing.median, 4),
             "peak_mb": round(memory[name] / 1e6, 1),
+            "low_peak_mb": round(min(peaks[name]) / 1e6, 1),
+            "high_peak_mb": round(max(peaks[name]) / 1e6, 1),
             "peak_over_plain": round(memory[name] / memory[PLAIN], 4),
         }
 
