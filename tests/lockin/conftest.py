@@ -1,0 +1,6 @@
+"""The tests of this folder share tests/tiny_llama.py."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
