@@ -78,11 +78,16 @@ def encode(p, h):
     return pre.relu() if p.threshold is None else pre.relu() * (pre > p.threshold)
 
 
+def difference(p, h):
+    """sign (z - z_ref) - margin, [T, K]; the excess is its positive part."""
+    ref = p.z_ref if p.h_ref is None else encode(p, p.h_ref)
+    signed = p.sign * (encode(p, h) - ref)
+    return signed if p.margin is None else signed - p.margin
+
+
 def per_token_penalty(p, h):
     """The formula of the penalty, [T]; masked tokens selected away."""
-    ref = p.z_ref if p.h_ref is None else encode(p, p.h_ref)
-    excess = p.sign * (encode(p, h) - ref)
-    excess = (excess if p.margin is None else excess - p.margin).relu()
+    excess = difference(p, h).relu()
     value = excess.square().mean(1) if p.mean and excess.shape[1] else excess.square().sum(1)
     return value if p.mask is None else torch.where(p.mask, value, 0.0)
 
@@ -104,6 +109,38 @@ def rounding(exact, h):
     """[T, K]: what a pre-activation may err by in fp32, sqrt(width) * eps * sum |h||w| for a sum of `width` terms."""
     size = h.abs() @ exact.weight.abs().t() + exact.bias.abs()
     return h.shape[1] ** 0.5 * torch.finfo(torch.float32).eps * size
+
+
+def excess_rounding(exact):
+    """([T, K], [T, K]): the excess e, and what it may err by in fp32, where no step is in doubt.
+
+    A latent errs as its pre-activation does, the reference's too where it is encoded; the difference and the margin's
+    subtraction are rounded once each. A pair that stays below zero by more than that has no excess and no error.
+    """
+    signed = difference(exact, exact.h)
+    error = rounding(exact, exact.h)
+    if exact.h_ref is not None:
+        error = error + rounding(exact, exact.h_ref)
+    margin = 0.0 if exact.margin is None else exact.margin.abs()
+    error = error + torch.finfo(torch.float32).eps * (signed.abs() + margin)
+    return signed.relu(), torch.where(signed < -error, 0.0, error)
+
+
+def penalty_rounding(p):
+    """([T], [T, d]): what a token's penalty, and its gradient before the upstream factor, may err by in fp32.
+
+    Of e^2 that is 2 e de + de^2, and of the gradient's 2 e w it is 2 de |w|, on the latents that are on; sums of K
+    terms add sqrt(K) * eps of their size, as `rounding` has it, and three roundings for the products in a term.
+    """
+    exact = p.at(torch.float64)
+    e, error = excess_rounding(exact)
+    share = 1.0 / e.shape[1] if exact.mean else 1.0
+    own = (e.shape[1] ** 0.5 + 3.0) * torch.finfo(torch.float32).eps
+    on = encode(exact, exact.h) > 0
+    penalty = share * (2.0 * e * error + error.square() + own * e.square()).sum(1)
+    gradient = 2.0 * share * torch.where(on, error + own * e, 0.0) @ exact.weight.abs()
+    counted = torch.ones_like(penalty, dtype=torch.bool) if p.mask is None else p.mask
+    return penalty * counted, gradient * counted[:, None]
 
 
 def assert_as_good_as_torch(name, kernel, truth, yardstick, where=None, least=0.0):

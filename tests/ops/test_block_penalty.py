@@ -2,7 +2,7 @@ import re
 
 import pytest
 import torch
-from penalty_oracle import assert_as_good_as_torch, clear_of_steps, per_token_penalty, problem
+from penalty_oracle import assert_as_good_as_torch, clear_of_steps, penalty_rounding, per_token_penalty, problem
 from threads import on_threads
 
 import lockin_fast
@@ -18,6 +18,7 @@ OPTIONS = [
     {"ref": "h", "masked": True, "threshold": True, "margin": True},
     {"ref": "z", "threshold": True, "mean": True},
 ]
+FEW = 16  # tokens; below that the worst error of the yardstick may be small by chance, and arithmetic says what is fine
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o))
@@ -40,8 +41,14 @@ def test_penalty_and_gradient_are_as_good_as_plain_torch(dtype, shape, options):
     eager, eager_grad = run(p.at(torch.float32), p.h.float(), per_token_penalty, upstream)
     ours, ours_grad = run(p, p.h, lambda q, h: op_module.PerTokenPenalty.apply(h, *q.op_arguments[1:])[0], upstream)
     assert ours.dtype is torch.float32 and ours_grad.dtype is dtype
-    assert_as_good_as_torch("per_token", ours, truth, eager, usable)
-    assert_as_good_as_torch("gradient", ours_grad, truth_grad, eager_grad.to(dtype), usable[:, None].expand_as(p.h))
+    least = least_grad = 0.0
+    if usable.sum() < FEW:
+        least, slope = penalty_rounding(p)
+        least_grad = slope * upstream.abs()[:, None] + torch.finfo(dtype).eps * truth_grad.abs()  # rounded to its dtype
+        least, least_grad = float(least[usable].max()), float(least_grad[usable].max())
+    assert_as_good_as_torch("per_token", ours, truth, eager, usable, least)
+    of_usable = usable[:, None].expand_as(p.h)
+    assert_as_good_as_torch("gradient", ours_grad, truth_grad, eager_grad.to(dtype), of_usable, least_grad)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
