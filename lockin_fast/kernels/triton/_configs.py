@@ -62,7 +62,9 @@ WIDE = {
         120: config(64, 128, 128, 8, 4),
     },
 }
-FP32 = config(64, 64, 128, 8, 3)  # no tensor cores for fp32 products: the tile is what the registers hold
+# No tensor cores for fp32 products: the tile is what the registers hold, and the sums of latent_stats take some more.
+FP32 = config(64, 64, 128, 8, 3)
+FP32_STATS = config(64, 64, 64, 8, 3)
 
 
 def launch(found, dtype):
@@ -73,7 +75,10 @@ def launch(found, dtype):
 
 def wide(which, h, latents, trial):
     """Configuration of a full-width product of `h`; `trial` launches it once with another, for the autotuner."""
-    own = FP32 if h.dtype == torch.float32 else WIDE[which][chip(h.device).kind]
+    if h.dtype == torch.float32:
+        own = FP32 if which == "encode" else FP32_STATS
+    else:
+        own = WIDE[which][chip(h.device).kind]
     others = [own, config(128, 128, 128, 8, 4), config(128, 128, 128, 8, 3), config(128, 128, 128, 4, 3)]
     others += [config(own["BLOCK_T"], own["BLOCK_K"], 128, 8, 3), config(64, 128, 128, 4, 4)]
     return launch(measured(which, h, latents, own, others, lambda c: trial(launch(c, h.dtype))), h.dtype)

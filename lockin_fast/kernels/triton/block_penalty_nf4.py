@@ -15,8 +15,6 @@ from lockin_fast.kernels.triton._tiles import (
 )
 from lockin_fast.kernels.triton.nf4 import value_of
 
-LAUNCH = {"num_warps": 4, "num_stages": 3}
-
 
 @triton.jit
 def decode(
@@ -97,6 +95,8 @@ def sizes(latents, blocksize, dtype):
         "BLOCK_K": min(max(triton.next_power_of_2(latents), 16), 64),
         "BLOCK_D": min(blocksize, 32 if dtype == torch.float32 else 64),
         "UPCAST": INTERPRETING,
+        "num_warps": 8 if dtype == torch.float32 else 4,  # fp32 products hold their operands in registers
+        "num_stages": 3,
     }
 
 
@@ -119,6 +119,6 @@ def block_penalty_nf4(
     active = torch.empty((tiles,), dtype=torch.int32, device=h.device)
     penalty_kernel[(tiles,)](
         h, h.stride(0), weight, bias, sign, codes, absmax, *kept, keep, threshold, margin, per_token, coefficient,
-        active, T, K, D, count, 1.0 / K if mean else 1.0, **constants, **LAUNCH,
+        active, T, K, D, count, 1.0 / K if mean else 1.0, **constants,
     )  # fmt: skip
     return per_token, coefficient, active.sum()

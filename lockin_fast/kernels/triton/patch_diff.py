@@ -6,8 +6,6 @@ import triton.language as tl
 
 from lockin_fast.kernels.triton._tiles import INTERPRETING, activate, check_dtype, floor_of, with_rows
 
-LAUNCH = {"num_warps": 4, "num_stages": 3}
-
 
 @triton.jit
 def diff_kernel(
@@ -47,12 +45,17 @@ def diff_kernel(
 
 
 def sizes(latents, dtype):
-    """Constants of the launch; 16-bit weights are exact in tf32, whose three-term product keeps the fp32 difference."""
+    """Of the launch; 16-bit weights are exact in tf32, whose three-term product keeps the fp32 difference.
+
+    fp32 products hold their operands in registers: with 4 warps those run out, and the loop would spill.
+    """
     return {
         "BLOCK_P": 32,
         "BLOCK_K": min(max(triton.next_power_of_2(latents), 16), 64),
         "BLOCK_D": 32,
         "PRECISION": "ieee" if dtype == torch.float32 or INTERPRETING else "tf32x3",
+        "num_warps": 8 if dtype == torch.float32 else 4,
+        "num_stages": 3,
     }
 
 
@@ -69,6 +72,6 @@ def patch_diff(h, rows, source, weight, bias, threshold):
         grid = triton.cdiv(P, constants["BLOCK_P"]), max(triton.cdiv(K, constants["BLOCK_K"]), 1)
         diff_kernel[grid](
             h, h.stride(0), rows, source, source.stride(0), weight, bias, threshold, norm, projection, change,
-            h.shape[0], P, K, D, **constants, **LAUNCH,
+            h.shape[0], P, K, D, **constants,
         )  # fmt: skip
     return norm, projection, change
