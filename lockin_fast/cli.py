@@ -210,6 +210,29 @@ def patch(
     _note_slow_kernels()
 
 
+@app.command(
+    epilog="Example: lockin-fast measure config.yaml --set measure.checkpoints='[runs/persona]' --set output=lockin"
+)
+def measure(
+    config: ConfigFile,
+    set_: Overrides = None,
+    gate: Annotated[
+        bool,
+        typer.Option("--gate", help="Exit with 3 where a trigger of measure.thresholds.gate fires, 4 if undecided."),
+    ] = False,
+) -> None:
+    """Measure how identity consolidates over checkpoints, and when: every metric, onset, triggers. Resumes."""
+    from lockin_fast.lockin.monitor import SUMMARY, run_measure
+
+    settings = _load(config, set_)
+    with terminal.shown_progress() as progress:
+        found = run_measure(settings, progress)
+    terminal.show_measured(found)
+    terminal.line(f"results: {settings.output / SUMMARY}")
+    if gate and found["gate"]["status"]:
+        raise typer.Exit(found["gate"]["status"])
+
+
 @app.command(epilog="Example: lockin-fast report runs/sweep, or: lockin-fast report demo --beside demo1 demo2")
 def report(
     runs: Annotated[

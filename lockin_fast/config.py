@@ -15,6 +15,7 @@ from lockin_fast import typed_mapping
 from lockin_fast.circuit_settings import CircuitSettings
 from lockin_fast.judge_settings import NO_IDENTITY as JUDGE_NO_IDENTITY
 from lockin_fast.judge_settings import JudgeSettings
+from lockin_fast.measure_settings import MeasureSettings
 from lockin_fast.paper_names import PAPER_NAMES, translate
 from lockin_fast.patch_settings import PatchSettings
 from lockin_fast.sae.formats import Format
@@ -67,6 +68,7 @@ class Config:
     cache: CacheSettings = CacheSettings()
     discovery: DiscoverySettings = DiscoverySettings()
     patch: PatchSettings = PatchSettings()
+    measure: MeasureSettings = MeasureSettings()
     sweep: SweepSettings = SweepSettings()
     baselines: BaselineSettings = BaselineSettings()
     generation: GenerationSettings = GenerationSettings()

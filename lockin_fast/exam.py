@@ -21,16 +21,20 @@ class Exam:
 
 def open_exam(config: Config, *names: str) -> Exam:
     """Open the prompts data.`name` of each name, and the judge. Raises ConfigError naming the setting."""
-    prompts = {}
-    for name in names:
-        with naming(f"data.{name}"):
-            prompts[name] = read_chat(getattr(config.data, name))
-            for number, record in enumerate(prompts[name], 1):
-                if not question(record):
-                    raise ValueError(f"conversation {number} asks nothing: it has no turn before the assistant's")
+    prompts = {name: read_prompts(config, name) for name in names}
     with naming("judge"):
         judge = load_judge(config.judge, str(config.output or ""))
     for name, records in prompts.items():
         with naming(f"data.{name}"):
             judge.check(records)  # a prompt the judge cannot place is an error now, not after training
     return Exam(prompts, judge)
+
+
+def read_prompts(config: Config, name: str) -> list[dict]:
+    """The prompts data.`name`, as records. Raises ConfigError naming the setting."""
+    with naming(f"data.{name}"):
+        records = read_chat(getattr(config.data, name))
+        for number, record in enumerate(records, 1):
+            if not question(record):
+                raise ValueError(f"conversation {number} asks nothing: it has no turn before the assistant's")
+    return records

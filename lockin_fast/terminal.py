@@ -287,6 +287,25 @@ def show_patching(found: Mapping[str, Any]) -> None:
         sentence(said)
 
 
+def show_measured(found: Mapping[str, Any]) -> None:
+    """A row for every checkpoint, then the onset of each series, the triggers, and what is odd about the run."""
+    from lockin_fast.report import lockin
+
+    wide = out if out.is_terminal else Console(width=WIDE, highlight=False)
+    headings, rows = lockin.table(found)
+    line()
+    wide.print(_table(headings, rows))
+    for told in lockin.failures(found):
+        line(told)
+    line()
+    for told in lockin.onsets(found):
+        line(told)
+    for told in lockin.verdicts(found):
+        line(told)
+    for anomaly in found["anomalies"]:
+        warning_line(anomaly)
+
+
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     grid = _grid(headings[0], *headings[1:])
     for row in rows:

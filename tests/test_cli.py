@@ -16,7 +16,7 @@ import torch
 
 from lockin_fast import cli, doctor
 
-COMMANDS = ("doctor", "organism", "cache", "discover", "plan", "train", "sweep", "patch", "report", "demo")
+COMMANDS = ("doctor", "organism", "cache", "discover", "plan", "train", "sweep", "patch", "measure", "report", "demo")
 
 
 pytestmark = pytest.mark.usefixtures("vowel_judge", "one_thread")

@@ -21,7 +21,7 @@ LAYERS = [
     {
         "chat", "blocking", "lora", "resuming", "train", "generation", "organism", "judges", "config", "inputs",
         "exam", "steering", "discovery", "patching", "settings", "patch_settings", "judge_settings", "sweep_settings",
-        "variants", "paper_names",
+        "variants", "paper_names", "measure_settings",
     },
     {"stacked"},
     {"lockin"},

@@ -11,46 +11,10 @@ from lockin_fast.lockin.model_choice import NOISELESS, Candidate, pieces, segmen
 from lockin_fast.lockin.resampling import autocorrelation, resampled
 from lockin_fast.lockin.series import Values, measured
 from lockin_fast.lockin.verdict import CANNOT_SAY, NOT_SUPPORTED, SUPPORTED
+from lockin_fast.measure_settings import OnsetSettings
 
 CONSTANT = 1e-12
 """A series whose range is less than this share of its largest value differs by rounding alone."""
-
-
-@dataclasses.dataclass(frozen=True)
-class OnsetSettings:
-    """What counts as a change.
-
-    effect: the least shift, in standard deviations of the residuals (Cohen's d; 0.8 is called large). alpha: the
-    largest chance of so clear a change in series that follow the best smooth baseline. most_changes: changes tried.
-    least: checkpoints in a segment. least_rise: a transition that takes a smaller share of the checkpoints than this
-    from 10% to 90% counts as a change, not as smooth. log_steps: curves and slopes in log(1 + step) instead of the
-    step. bootstrap: replicates, of the test and of the interval each. level: of the interval. seed: of the bootstrap.
-    All of them are this project's; arXiv 2510.20190 asks for AIC and BIC and an effect threshold, and names no numbers.
-    """
-
-    effect: float = 0.8
-    alpha: float = 0.05
-    most_changes: int = 1
-    least: int = 3
-    least_rise: float = 0.25
-    log_steps: bool = False
-    bootstrap: int = 499
-    level: float = 0.95
-    seed: int = 0
-
-    def __post_init__(self):
-        for name, low, high in (("alpha", 0, 1), ("level", 0, 1), ("least_rise", 0, 1)):
-            if not low < getattr(self, name) < high:
-                raise ValueError(f"{name}: expected a number between {low} and {high}, got {getattr(self, name)}")
-        least = {"effect": 0, "most_changes": 1, "least": 2, "bootstrap": 19}
-        for name, low in least.items():
-            if not getattr(self, name) >= low:
-                raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
-        if (self.bootstrap + 1) * self.alpha < 1:
-            raise ValueError(
-                f"bootstrap: {self.bootstrap} replicates cannot show a p value of {self.alpha}; "
-                f"give at least {int(np.ceil(1 / self.alpha)) - 1}"
-            )
 
 
 @dataclasses.dataclass(frozen=True)

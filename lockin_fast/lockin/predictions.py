@@ -12,8 +12,8 @@ import numpy as np
 
 from lockin_fast.lockin.onset import find_onset
 from lockin_fast.lockin.series import Measured, Values, measured, spearman
-from lockin_fast.lockin.thresholds import LockinThresholds
 from lockin_fast.lockin.verdict import CANNOT_SAY, NOT_SUPPORTED, SUPPORTED, Answer, Verdict, combine, plain
+from lockin_fast.measure_settings import LockinThresholds
 
 FALLING, RISING = -1, 1
 CONSOLIDATION = {

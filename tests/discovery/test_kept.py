@@ -56,9 +56,9 @@ def test_what_a_kill_left_of_a_line_is_cut_off_at_every_byte(tmp_path):
     for length in range(first, len(whole)):
         path.write_bytes(whole[:length])
         log = ReplyLog(path)
-        assert list(log.ratings) == [("induce", 4, 0.5, 0)] and path.read_bytes() == whole[:first]
-    log.add([row(1, "\u00fc")])
-    assert path.read_bytes() == whole
+        assert list(log.ratings) == [("induce", 4, 0.5, 0)] and path.read_bytes() == whole[:length]
+        log.add([row(1, "\u00fc")])
+        assert path.read_bytes() == whole
 
 
 def test_a_reply_that_no_judge_could_rate_is_kept_and_counts_in_no_rate(asking):

@@ -1,4 +1,4 @@
-"""The tests of this folder share tests/tiny_llama.py."""
+"""The tests of this folder share tests/tiny_llama.py and tests/sweep_world.py."""
 
 import sys
 from pathlib import Path

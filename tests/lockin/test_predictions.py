@@ -17,9 +17,9 @@ from lockin_fast.lockin.predictions import (
     joint_consolidation,
     persistent_behaviour,
 )
-from lockin_fast.lockin.thresholds import LockinThresholds
 from lockin_fast.lockin.triggers import CLEAR, FIRED, TRIGGERS, UNDECIDED, Predictions, exit_code, triggers
 from lockin_fast.lockin.verdict import CANNOT_SAY, NOT_SUPPORTED, SUPPORTED, Verdict, combine, either, plain
+from lockin_fast.measure_settings import LockinThresholds
 
 QUICK = LockinThresholds(onset=OnsetSettings(bootstrap=99))
 STEPS = [1, 2, 3, 5, 7, 10]
