@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 ULPS = 8
+FEW = 16  # values; of fewer the yardstick's worst error may be small by chance, and `rounding` says what is fine
 
 
 @dataclass

@@ -2,7 +2,7 @@ import re
 
 import pytest
 import torch
-from penalty_oracle import assert_as_good_as_torch, clear_of_steps, penalty_rounding, per_token_penalty, problem
+from penalty_oracle import FEW, assert_as_good_as_torch, clear_of_steps, penalty_rounding, per_token_penalty, problem
 from threads import on_threads
 
 import lockin_fast
@@ -18,7 +18,6 @@ OPTIONS = [
     {"ref": "h", "masked": True, "threshold": True, "margin": True},
     {"ref": "z", "threshold": True, "mean": True},
 ]
-FEW = 16  # tokens; below that the worst error of the yardstick may be small by chance, and arithmetic says what is fine
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o))

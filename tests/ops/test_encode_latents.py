@@ -1,6 +1,6 @@
 import pytest
 import torch
-from penalty_oracle import assert_as_good_as_torch, clear_of_steps, encode, problem
+from penalty_oracle import FEW, assert_as_good_as_torch, clear_of_steps, encode, problem, rounding
 
 import lockin_fast
 from lockin_fast.ops import encode_latents as op_module
@@ -29,7 +29,9 @@ def test_latents_and_gradient_are_as_good_as_plain_torch(dtype, shape, threshold
     eager, eager_grad = run(p.at(torch.float32), encode)
     ours, ours_grad = run(p, lambda q, h: lockin_fast.encode_latents(h, q.weight, q.bias, threshold=q.threshold))
     assert ours.dtype is torch.float32 and ours_grad.dtype is dtype
-    assert_as_good_as_torch("z", ours, truth, eager, clear)
+    exact = p.at(torch.float64)  # z errs as its pre-activation does
+    least = float(rounding(exact, exact.h)[clear].max()) if clear.sum() < FEW else 0.0
+    assert_as_good_as_torch("z", ours, truth, eager, clear, least)
     assert_as_good_as_torch("gradient", ours_grad, truth_grad, eager_grad.to(dtype))
 
 

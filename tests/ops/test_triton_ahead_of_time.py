@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for chips that are not here: no spills, shared memory within the chip, tensor cores."""
+"""The Triton kernels compiled for chips not here: no spills in loops, shared memory within the chip, tensor cores."""
 
 from importlib import import_module
 from pathlib import Path
