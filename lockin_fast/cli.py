@@ -288,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     terminal.out.quiet = not processes.is_first()
     try:
         if processes.count() > 1 and words[0] not in ("train", "cache", "discover"):
-            raise ValueError(f"{words[0]}: runs in one process; torchrun is for train and cache, Ray for a sweep")
+            raise ValueError(f"{words[0]}: runs in one process; torchrun is for train, cache, discover")
         status = app(words, prog_name="lockin-fast", standalone_mode=False) or 0
         if status == INTERRUPTED:  # typer turns Ctrl-C into a status
             terminal.error_line("interrupted; the same command goes on where it stood")

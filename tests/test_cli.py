@@ -105,6 +105,7 @@ class Stop:
     def find_spec(self, name, path=None, target=None):
         if name == sys.argv[1]:
             os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background is born deaf to it
 sys.meta_path.insert(0, Stop())
 from lockin_fast.__main__ import main
 sys.exit(main())

@@ -96,12 +96,12 @@ def test_a_sharded_model_is_refused(world, monkeypatch, tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("command", ["sweep", "discover"])
+@pytest.mark.parametrize("command", ["sweep", "patch"])
 def test_other_commands_are_refused(world, process, capsys, command):
     process(1, 2)
     assert main([command, str(world)]) == 1
     printed = capsys.readouterr()
-    assert f"error: {command}: runs in one process; torchrun is for train and cache, Ray for a sweep" in printed.err
+    assert f"error: {command}: runs in one process; torchrun is for train, cache, discover" in printed.err
 
 
 def test_the_first_process_prints_and_the_others_do_not(process, capsys):
