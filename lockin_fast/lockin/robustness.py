@@ -96,37 +96,42 @@ def flips_along(margins: Margins, directions: Tensor, search: Search) -> Flips:
         row = int((~((norm > 0) & norm.isfinite())).nonzero()[0])
         raise ValueError(f"directions: row {row} is zero or not finite, expected a direction")
     reach = torch.full_like(norm, search.largest)
-    return _search(margins, directions, reach, _evaluated(margins, torch.zeros_like(directions)), search)
+    start = _evaluated(margins, torch.zeros_like(directions))
+    return _search(margins, directions, reach, start, search)
 
 
 def flips_downhill(
-    margins: Margins, stances: int, width: int, search: Search, *, rounds: int = 2, device: torch.device | str = "cpu"
-) -> Flips:
-    """For each stance the smallest edit found that flips it, along the steepest descent of its margin.
+    margins: Margins, stances: int, width: int, search: Search, *, refinements: int = 1,
+    device: torch.device | str = "cpu",
+) -> Flips:  # fmt: skip
+    """For each stance the smallest edit found that flips it, by following its margin downhill.
 
-    The first round looks along -grad margin at no edit, which for a margin linear in the edit is the smallest edit of
-    all: margin / ||grad||. Each further round looks along -grad at the edit found so far, up to its norm, and keeps
-    what is smaller: at the point of the border nearest to 0, that gradient and the edit have one direction. What is
-    found is an upper bound of the smallest edit, and an edit that does flip the stance.
+    A walk from no edit, in `search.scan` steps of equal length along -grad margin, ends where the stance flips; the ray
+    through that point is searched as in `flips_along`. Each refinement searches the ray along -grad at the edit found
+    so far and keeps what is smaller: at the point of the border nearest to 0, that gradient and the edit have one
+    direction. For a margin linear in the edit that is the smallest edit of all, margin / ||grad||; for others an upper
+    bound of it, and an edit that does flip the stance.
 
-    margins: differentiable, fp32 in and out. stances, width: R and d. A stance whose gradient is zero is as one that
-    does not flip. Raises ValueError for no stance, no round, margins that are not [R] or not a function of the edits.
-    Costs for each round one backward and what `flips_along` costs.
+    margins: differentiable, fp32 in and out. stances, width: R and d. A stance whose gradient is zero counts as one
+    that does not flip. Raises ValueError for no stance, negative refinements, margins that are not [R], and those that
+    are not a function of the edits. Costs scan forwards and backwards at most, and for each ray scan + halvings
+    forwards.
 
     Source: [paper] arXiv 2510.20190, the quantity; the procedure: [ours].
     """
-    for name, value in (("stances", stances), ("width", width), ("rounds", rounds)):
-        if value < 1:
-            raise ValueError(f"{name}: expected 1 or more, got {value}")
+    for name, value, least in (("stances", stances, 1), ("width", width, 1), ("refinements", refinements, 0)):
+        if value < least:
+            raise ValueError(f"{name}: expected {least} or more, got {value}")
     none = torch.zeros(stances, width, device=device)
     start = _evaluated(margins, none)
-    best = _search(margins, _downhill(margins, none), torch.full_like(start, search.largest), start, search)
-    for _ in range(rounds - 1):
-        reach = best.norms.clamp(max=search.largest)  # NaN stays NaN
-        found = _search(margins, _downhill(margins, best.edits), reach, start, search)
-        closer = found.norms < best.norms
-        norms = torch.where(closer, found.norms, best.norms)
-        best = Flips(norms, torch.where(closer[:, None], found.edits, best.edits), start)
+    end = _walked(margins, none, search)
+    left = _evaluated(margins, end)
+    norms = (end.double().norm(dim=1) / search.unit).where(left <= 0, math.inf)
+    norms = norms.where((start > 0) & ~left.isnan(), math.nan)
+    best = Flips(norms, end.where(norms.isfinite()[:, None], 0.0), start)
+    best = _nearer(margins, best, end, search)
+    for _ in range(refinements):
+        best = _nearer(margins, best, _downhill(margins, best.edits)[0], search)
     return best
 
 
@@ -143,6 +148,28 @@ def robustness(flips: Flips) -> Robustness:
         not_held=not_held,
         failed=len(flips.norms) - len(norms) - not_held,
     )
+
+
+def _walked(margins: Margins, edits: Tensor, search: Search) -> Tensor:
+    """Where a walk downhill from `edits` [R, d] ends: where the margin is 0 or less, or after `search.scan` steps."""
+    length = search.unit * search.largest / search.scan
+    for _ in range(search.scan):
+        down, left = _downhill(margins, edits)
+        walking = ~(left <= 0)
+        if not walking.any():
+            break
+        norm = down.norm(dim=1, keepdim=True)
+        edits = torch.where(walking[:, None], edits + length * down / norm.where(norm != 0, 1.0), edits)
+    return edits
+
+
+def _nearer(margins: Margins, best: Flips, directions: Tensor, search: Search) -> Flips:
+    """`best`, or the flips along these directions [R, d] where nearer; NaN on the way counts where `best` has none."""
+    reach = best.norms.clamp(max=search.largest)  # NaN stays NaN
+    found = _search(margins, directions, reach, best.margins, search)
+    taken = (found.norms < best.norms) | (best.norms.isinf() & found.norms.isnan())
+    norms = torch.where(taken, found.norms, best.norms)
+    return Flips(norms, torch.where(taken[:, None], found.edits, best.edits), best.margins)
 
 
 @torch.no_grad()
@@ -186,14 +213,14 @@ def _evaluated(margins: Margins, edits: Tensor) -> Tensor:
     return found.double()
 
 
-def _downhill(margins: Margins, edits: Tensor) -> Tensor:
-    """Minus the gradient [R, d] of each margin by its own edit."""
+def _downhill(margins: Margins, edits: Tensor) -> tuple[Tensor, Tensor]:
+    """Minus the gradient [R, d] of each margin by its own edit, and the margins, fp64 [R]."""
     with torch.enable_grad():
         edits = edits.detach().requires_grad_()
-        total = margins(edits).sum()
-        if not total.requires_grad:
+        found = margins(edits)
+        if not found.requires_grad:
             raise ValueError("margins: have no gradient; compute them from the edits by torch, not under no_grad")
-        (gradient,) = torch.autograd.grad(total, edits, allow_unused=True)
+        (gradient,) = torch.autograd.grad(found.sum(), edits, allow_unused=True)
     if gradient is None:
         raise ValueError("margins: do not depend on the edits")
-    return -gradient
+    return -gradient, found.detach().double()

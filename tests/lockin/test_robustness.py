@@ -35,7 +35,7 @@ def test_a_linear_margin_flips_at_its_analytic_norm(seed, tolerance):
 
 def test_downhill_a_linear_margin_needs_its_margin_over_its_slope():
     margins, slopes, offsets = linear()
-    found = flips_downhill(margins, *slopes.shape, SEARCH, rounds=1)
+    found = flips_downhill(margins, *slopes.shape, SEARCH, refinements=0)
     exact = torch.linspace(0.05, 1.9, 7).double()
     assert (found.norms - exact).abs().max() <= SEARCH.tolerance + 1e-6
     along = flips_along(margins, torch.randn(slopes.shape, generator=torch.Generator().manual_seed(1)), SEARCH)
@@ -55,15 +55,32 @@ def curved(edits):
     return 2 - x - 0.2 * y - 3 * y**2
 
 
-def test_further_rounds_come_closer_to_the_nearest_point_of_a_curved_border():
+def test_refinements_come_closer_to_the_nearest_point_of_a_curved_border():
     angle = torch.linspace(0, 2 * math.pi, 200_001, dtype=torch.float64)
     x, y = angle.cos(), angle.sin()
     b = x + 0.2 * y  # 3 y^2 s^2 + b s - 2 = 0 along the ray of this angle
     nearest = (4 / (b + (b**2 + 24 * y**2).sqrt())).where(y.abs() > 1e-3, math.inf).min().item()
-    norms = [flips_downhill(curved, 1, 2, Search(unit=1.0, largest=4.0), rounds=n).norms.item() for n in (1, 2, 4, 8)]
-    assert norms == sorted(norms, reverse=True) and norms[0] > 1.5 * nearest
+    search = Search(unit=1.0, largest=4.0)
+    norms = [flips_downhill(curved, 1, 2, search, refinements=n).norms.item() for n in (0, 1, 3, 7)]
+    straight = flips_along(curved, torch.tensor([[1.0, 0.2]]), search).norms.item()  # minus the gradient at no edit
+    assert straight > 1.5 * nearest and norms[0] < straight
+    assert norms == sorted(norms, reverse=True) and norms[1] < norms[0]
     assert nearest <= norms[-1] <= nearest + 0.01
-    assert norms[1] < 1.05 * nearest
+
+
+def saturating(edits):
+    x, y = edits.unbind(1)
+    return 1.2 - 0.9 * torch.tanh(3 * x) - 0.9 * torch.tanh(0.5 * y)
+
+
+def test_the_walk_gets_round_a_bend_where_the_straight_ray_misses_the_border():
+    search = Search(unit=1.0)
+    assert flips_along(saturating, torch.tensor([[2.7, 0.45]]), search).norms.isinf().all()
+    grid = torch.cartesian_prod(*[torch.linspace(0, 2, 501, dtype=torch.float64)] * 2)
+    nearest = grid[saturating(grid) <= 0].norm(dim=1).min().item()
+    found = flips_downhill(saturating, 2, 2, search)
+    assert (saturating(found.edits) <= 0).all() and found.norms[0] == found.norms[1]
+    assert nearest - 0.006 <= found.norms[0] <= 1.1 * nearest  # the grid's diagonal is 0.006
 
 
 def test_the_first_of_several_flips_is_found():
@@ -99,12 +116,17 @@ def test_a_nan_inside_the_bracket_is_a_failure_not_a_norm():
     assert flips_along(margins, torch.ones(1, 1), Search(unit=1.0, scan=2)).norms.isnan().all()
 
 
-def test_a_nan_that_a_later_round_runs_into_leaves_the_flip_that_was_found():
-    def margins(edits):
-        return torch.where(edits[:, 1] > 0.4, math.nan, curved(edits))
+def test_a_nan_that_a_refinement_runs_into_leaves_the_flip_that_was_found():
+    search = Search(unit=1.0, largest=4.0)
+    first, second = (flips_downhill(curved, 1, 2, search, refinements=n) for n in (0, 1))
+    slope = torch.cat([first.edits, second.edits]).unbind(1)
+    between = (slope[1] / slope[0]).mean()
 
-    first, second = (flips_downhill(margins, 1, 2, Search(unit=1.0, largest=4.0), rounds=n) for n in (1, 2))
-    assert first.norms.isfinite().all() and torch.equal(first.norms, second.norms)
+    def margins(edits):
+        return torch.where(edits[:, 1] > between * edits[:, 0], math.nan, curved(edits))
+
+    assert second.norms < first.norms
+    assert torch.equal(flips_downhill(margins, 1, 2, search, refinements=1).norms, first.norms)
 
 
 def test_medians_of_stances_that_do_not_flip():
@@ -168,6 +190,6 @@ def test_margins_are_checked():
         flips_downhill(lambda edits: edits[:, 0].detach() + 1, 2, 3, SEARCH)
     with pytest.raises(ValueError, match="do not depend on the edits"):
         flips_downhill(lambda edits: torch.ones(2, requires_grad=True), 2, 3, SEARCH)
-    for options in ((0, 3, 1), (2, 0, 1), (2, 3, 0)):
-        with pytest.raises(ValueError, match="expected 1 or more, got 0"):
-            flips_downhill(None, *options[:2], SEARCH, rounds=options[2])
+    for options in ((0, 3, 1), (2, 0, 1), (2, 3, -1)):
+        with pytest.raises(ValueError, match="expected . or more, got"):
+            flips_downhill(None, *options[:2], SEARCH, refinements=options[2])
