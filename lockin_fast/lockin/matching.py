@@ -38,8 +38,8 @@ def mutual_nearest(first: Tensor, second: Tensor) -> Matches:
     for start in range(0, len(a), size):
         part = slice(start, start + size)
         tile = a[part] @ b.T
-        cosine[part], nearest[part] = _lowest_max(tile, 1)
-        value, row = _lowest_max(tile, 0)
+        cosine[part], nearest[part] = tile.max(1)
+        value, row = tile.max(0)
         origin = torch.where(value > best, row + start, origin)
         best = torch.maximum(value, best)
     mutual = origin[nearest] == torch.arange(len(a), device=a.device)
@@ -75,12 +75,8 @@ def _directions(first: Tensor, second: Tensor) -> list[tuple[Tensor, Tensor]]:
             )
         if not decoder.isfinite().all():
             raise ValueError(f"{name}: NaN or Inf in the decoder")
-        there = decoder.ne(0).any(1).nonzero().squeeze(1)
-        found.append((there, torch.nn.functional.normalize(decoder[there].float(), dim=1, eps=0.0)))
+        wide = decoder.float()
+        norm = wide.norm(dim=1, keepdim=True)
+        there = norm.squeeze(1).nonzero().squeeze(1)
+        found.append((there, wide[there] / norm[there]))
     return found
-
-
-def _lowest_max(tile: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Maxima along `dim` and where they are; of equal ones the lowest index, which torch.max does not promise."""
-    values = tile.amax(dim, keepdim=True)
-    return values.squeeze(dim), (tile == values).to(torch.uint8).argmax(dim)

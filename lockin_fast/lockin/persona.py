@@ -125,7 +125,7 @@ def consistency(positive: Tensor, negative: Tensor, *, draws: int = DRAWS, seed:
         pair = int((lengths == 0).view(pairs, -1).any(1).nonzero()[0, 0])
         raise ValueError(f"positive, negative: equal in pair {pair}{_first(lengths[pair] == 0)}; leave the pair out")
     signs, exact = _signs(pairs, draws, seed)
-    signs = torch.cat([torch.ones(1, pairs, dtype=torch.float64), signs]).to(differences.device)
+    signs = torch.cat([signs.new_ones(1, pairs), signs]).to(differences.device)
     columns = differences.reshape(pairs, -1, differences.shape[-1]).unbind(1)
     cosines, projections = zip(*(_left_out(column, signs) for column in columns), strict=True)
     found = torch.stack(cosines, 1)  # [1 + patterns, layers]

@@ -11,7 +11,7 @@ from lockin_fast.lockin.matching import assigned, mutual_nearest
 
 
 def normal(*shape, seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape)).float()
+    return torch.tensor(np.random.default_rng(seed).normal(size=shape)).float()
 
 
 def test_nearest_by_hand():
@@ -42,7 +42,7 @@ def test_nearest_against_all_cosines(sizes, tile, monkeypatch):
 
 @pytest.mark.parametrize("match", [mutual_nearest, assigned])
 def test_a_shuffled_and_scaled_sae_is_found_again(match):
-    decoder, order = normal(64, 16), torch.from_numpy(np.random.default_rng(3).permutation(64))
+    decoder, order = normal(64, 16), torch.tensor(np.random.default_rng(3).permutation(64))
     found = match(decoder, (decoder * torch.arange(1.0, 65)[:, None])[order])
     assert found.first.tolist() == list(range(64)) and torch.equal(order[found.second], found.first)
     assert found.cosine.min() > 1 - 1e-6 and found.cosine.max() <= 1
@@ -58,7 +58,7 @@ def test_of_equal_latents_the_first_is_matched():
 def test_assignment_against_all_permutations(sizes):
     first, second = normal(sizes[0], 3), normal(sizes[1], 3, seed=1)
     found = assigned(first, second)
-    cosines = torch.cosine_similarity(first[:, None], second[None], dim=-1).double().numpy()
+    cosines = torch.cosine_similarity(first[:, None], second[None], dim=-1).double().cpu().numpy()
     wide = cosines if sizes[0] <= sizes[1] else cosines.T
     best = max(
         sum(wide[i, j] for i, j in enumerate(chosen))

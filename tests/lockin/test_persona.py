@@ -12,7 +12,7 @@ from lockin_fast.lockin.persona import alignment, consistency, persona_direction
 
 
 def normal(*shape, seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
+    return torch.tensor(np.random.default_rng(seed).normal(size=shape))
 
 
 def test_direction_by_hand():
@@ -62,8 +62,8 @@ def test_alignment_against_a_loop_over_layers_and_sign_patterns(count):
     direction, vectors = normal(3, 9), normal(count, 3, 9, seed=1)
     found = alignment(direction, vectors)
     for layer in range(3):
-        unit = (direction[layer] / direction[layer].norm()).numpy()
-        own = vectors[:, layer].numpy()
+        unit = (direction[layer] / direction[layer].norm()).cpu().numpy()
+        own = vectors[:, layer].cpu().numpy()
         mean = own.mean(0)
         assert found.projection[layer].item() == pytest.approx(mean @ unit, abs=1e-13)
         assert found.cosine[layer].item() == pytest.approx(mean @ unit / np.linalg.norm(mean), abs=1e-13)
@@ -97,7 +97,7 @@ def test_no_shift_has_no_cosine():
 
 def uniform(p, least):
     """Whether p values that are multiples of `least` look uniform; a true one fails in 1 of 1000 cases."""
-    p = p.numpy()
+    p = p.cpu().numpy()
     for alpha in (0.05, 0.25, 0.5):
         expected = math.floor(alpha / least + 1e-9) * least  # what a discrete p value can reach
         spread = math.sqrt(expected * (1 - expected) / len(p))
@@ -110,7 +110,7 @@ def test_p_values_are_uniform_where_there_is_nothing():
     found = alignment(normal(1000, 6), normal(8, 1000, 6, seed=1), draws=255)
     assert found.exact
     uniform(found.p_sign_flip, 2 / 256)  # a pattern and its opposite tie
-    assert stats.kstest(found.p_random.numpy(), "uniform").pvalue > 1e-3
+    assert stats.kstest(found.p_random.cpu().numpy(), "uniform").pvalue > 1e-3
     pairs = consistency(normal(8, 1000, 6, seed=2), normal(8, 1000, 6, seed=3), draws=255)
     uniform(pairs.p_sign_flip, 2 / 256)
     assert abs(pairs.cosine.mean().item()) <= 4 * pairs.cosine.std().item() / math.sqrt(1000)
@@ -137,7 +137,7 @@ def test_consistency_against_a_loop(pairs):
     positive, negative = normal(pairs, 2, 9), normal(pairs, 2, 9, seed=1)
     found = consistency(positive, negative)
     for layer in range(2):
-        differences = (positive - negative)[:, layer].numpy()
+        differences = (positive - negative)[:, layer].cpu().numpy()
 
         def statistic(signs, differences=differences):
             own = np.array(signs)[:, None] * differences

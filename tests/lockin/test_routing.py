@@ -20,16 +20,16 @@ from lockin_fast.lockin.routing_figures import (
 )
 from lockin_fast.ops.routing_stats import RoutingStats
 
-IDS = torch.randint(3, 48, (4, 9), generator=torch.Generator("cpu").manual_seed(1), device="cpu")
+IDS = torch.randint(3, 48, (4, 9), generator=torch.Generator().manual_seed(1))
 FOLDERS = {
     "Mixtral": "mixtral", "Qwen2Moe": "qwen2_moe", "Qwen3Moe": "qwen3_moe", "Qwen3Next": "qwen3_next",
     "Qwen3_5Moe": "qwen3_5_moe", "Qwen3VLMoeText": "qwen3_vl_moe", "Olmoe": "olmoe", "FlexOlmo": "flex_olmo",
     "GptOss": "gpt_oss", "DeepseekV3": "deepseek_v3", "DeepseekV32": "deepseek_v32", "Glm4Moe": "glm4_moe",
     "Glm4MoeLite": "glm4_moe_lite", "Glm4vMoeText": "glm4v_moe", "GlmMoeDsa": "glm_moe_dsa", "Dots1": "dots1",
 }  # fmt: skip
-MASK = torch.ones(4, 9, dtype=torch.bool, device="cpu")
+MASK = torch.ones(4, 9, dtype=torch.bool)
 MASK[0, :4] = MASK[2, :1] = False  # left padding
-CLASSES = torch.tensor([0, 2, -1, 0], device="cpu")
+CLASSES = torch.tensor([0, 2, -1, 0])
 
 
 def read(network, **options):
@@ -63,6 +63,7 @@ def raw_logits(network):
     return {
         layer: (x.double() @ gates(network)[layer].weight.T.double() + (0 if bias[layer] is None else bias[layer]))
         .detach()
+        .cpu()
         .numpy()
         for layer, x in seen.items()
     }
@@ -72,7 +73,7 @@ def chosen(x, family, gate):
     """The experts that one token with logits x is sent to."""
     if family not in SIGMOID:
         return np.argsort(-x)[:CHOSEN]
-    score = 1 / (1 + np.exp(-x)) + gate.e_score_correction_bias.double().numpy()
+    score = 1 / (1 + np.exp(-x)) + gate.e_score_correction_bias.double().cpu().numpy()
     groups = score.reshape(gate.num_group, -1)
     best = np.argsort(-np.sort(groups, 1)[:, -2:].sum(1))[: gate.topk_group]
     allowed = np.isin(np.arange(EXPERTS) // groups.shape[1], best)
@@ -308,7 +309,7 @@ def test_masks_and_classes_are_checked_before_the_forward():
     plain, by_class = RoutingReader(network), RoutingReader(network, num_classes=2)
     with pytest.raises(ValueError, match="num_classes: got -1"):
         RoutingReader(network, num_classes=-1)
-    whole = torch.zeros(4, 9, dtype=torch.int64, device="cpu")
+    whole = torch.zeros(4, 9, dtype=torch.int64)
     cases = [
         (plain, MASK.long(), None, "mask: got torch.int64"),
         (plain, MASK[0], None, r"mask: got torch.bool \[9\]"),

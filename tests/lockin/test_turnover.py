@@ -16,7 +16,7 @@ WIDTH, LATENTS = tiny_llama.WIDTH, tiny_llama.LATENTS
 
 
 def normal(*shape, seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape)).float()
+    return torch.tensor(np.random.default_rng(seed).normal(size=shape)).float()
 
 
 def sae(activation="relu", normalization="none"):
@@ -68,7 +68,7 @@ def test_every_activation_against_sets(activation, normalization, tiles, monkeyp
     one = sae(activation, normalization)
     before = normal(3, 7, WIDTH)
     after = before + 0.5 * normal(3, 7, WIDTH, seed=1)
-    mask = torch.from_numpy(np.random.default_rng(2).random((3, 7)) < 0.7)
+    mask = torch.tensor(np.random.default_rng(2).random((3, 7)) < 0.7)
     found = latent_turnover(one, before, after, mask=mask)
     a, b = (one.encode(stream[mask]) > 0 for stream in (before, after))
     sets = [tuple(set(row.nonzero().flatten().tolist()) for row in pair) for pair in zip(a, b, strict=True)]
