@@ -86,7 +86,7 @@ class StanceMargins:
             if not all(map(len, stance)):
                 raise ValueError(f"stances: number {number} has an empty prompt or reply: {stance}")
         self._runner, self._layer, self._count = runner, layer, len(stances)
-        self.width = hidden_size(runner.model)
+        self.width, self.device = hidden_size(runner.model), runner.device
         size = max(batch_size // 2, 1)
         self._batches, norms = [], []
         for begin in range(0, len(stances), size):
@@ -125,8 +125,7 @@ class StanceMargins:
         logits = self._runner.run(
             batch.tokens, start=self._layer + 1, hidden=edited.to(batch.hidden.dtype), logits_at=batch.at
         ).logits
-        rows = torch.zeros(len(batch.hidden), device=logits.device).index_add(
-            0, batch.at[:, 0], logprobs(logits, batch.told)
-        )
-        held, opposite = rows.view(2, -1)
+        told = logprobs(logits, batch.told)
+        placed = told.new_zeros(batch.tokens.input_ids.shape).index_put(batch.at.unbind(1), told)
+        held, opposite = placed.sum(1).view(2, -1)  # by rows of their own, so that every call adds in the same order
         return held - opposite
