@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from lockin_fast.report import circuits, patching
+from lockin_fast.report import circuits, lockin, patching
+from lockin_fast.report.lockin_figure import draw_lockin
 from lockin_fast.report.patching_figures import draw_patching
 
 
@@ -12,7 +13,7 @@ def read_sections(run: Path) -> list[dict[str, Any]]:
 
     {"title", "lead", "figures": [(path, caption)], "tables": [{"title", "note", "headings", "rows", "folded"}]}.
     """
-    return [section for read in (_patching, _circuits) if (section := read(run))]
+    return [section for read in (_patching, _circuits, _lockin) if (section := read(run))]
 
 
 def _patching(run: Path) -> dict[str, Any] | None:
@@ -57,3 +58,23 @@ def _circuits(run: Path) -> dict[str, Any] | None:
     captions = circuits.captions(found)
     figures = [(path, captions[path.stem]) for path in circuits.draw_circuits(found, run / "figures")]
     return {"title": "Attention heads", "lead": circuits.verdict(found), "figures": figures, "tables": []}
+
+
+def _lockin(run: Path) -> dict[str, Any] | None:
+    found = lockin.read_lockin(run)
+    if found is None:
+        return None
+    headings, rows = lockin.table(found)
+    failed = "; ".join(lockin.failures(found))
+    return {
+        "title": "Lock-in over checkpoints",
+        "lead": lockin.headline(found),
+        "figures": [(draw_lockin(found, run / "figures"), lockin.CAPTION)],
+        "tables": [
+            {"title": "When it changed", "note": "", "headings": lockin.ONSET_HEADINGS,
+             "rows": lockin.onset_rows(found), "folded": False},
+            {"title": "Triggers", "note": "", "headings": lockin.TRIGGER_HEADINGS,
+             "rows": lockin.trigger_rows(found), "folded": False},
+            {"title": "Every checkpoint", "note": failed, "headings": headings, "rows": rows, "folded": True},
+        ],
+    }  # fmt: skip
