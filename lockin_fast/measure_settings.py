@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 METRICS = ("em", "incoherence", "refusal", "refusal_rate")
 
@@ -92,6 +93,10 @@ class MeasureSettings:
     of adapters whose names do not end in their step. base: whether the model without an adapter is measured as step 0.
     metrics: by name, see docs/measure.md. prompts: prompts of data.final that are answered, evenly spread; null for
     all. seed: draws the replies where generation.temperature is above 0. thresholds: of onsets, predictions, triggers.
+
+    steering: suites of steering prompts for refusal_elasticity, the package's own or files; requests: a file of what is
+    requested under them, null for the package's. paraphrases: a file of paraphrase clusters for prompt_invariance, null
+    for the package's. pairs: a file of contrastive pairs, of which the persona metrics take their direction.
     """
 
     checkpoints: tuple[Path, ...] = ()
@@ -100,12 +105,19 @@ class MeasureSettings:
     metrics: tuple[str, ...] = METRICS
     prompts: int | None = None
     seed: int = 0
+    steering: tuple[Literal["equivalent", "role_swap", "jailbreak"] | Path, ...] = (
+        "equivalent", "role_swap", "jailbreak",
+    )  # fmt: skip
+    requests: Path | None = None
+    paraphrases: Path | None = None
+    pairs: Path | None = None
     thresholds: LockinThresholds = LockinThresholds()
 
     def __post_init__(self):
         for name, valid, expected in (
             ("steps", all(step >= 0 for step in self.steps.values()), "steps of 0 or more"),
             ("metrics", self.metrics and len(set(self.metrics)) == len(self.metrics), "one or more, none twice"),
+            ("steering", self.steering and len(set(self.steering)) == len(self.steering), "one or more, none twice"),
             ("prompts", self.prompts is None or self.prompts >= 1, "1 or more, or null for all"),
             ("seed", 0 <= self.seed < 2**31, "0 to 2^31 - 1"),
         ):

@@ -4,18 +4,16 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from lockin_fast.config import Config, ConfigError
 from lockin_fast.discovery.shift_table import parquet_is_installed
-from lockin_fast.exam import open_exam, read_prompts
-from lockin_fast.inputs import check_files, open_model, open_tokenizer
-from lockin_fast.judges import judge_files
 from lockin_fast.lockin.checkpoints import WEIGHTS, Checkpoint, broken_weight, check_adapter, find_checkpoints
-from lockin_fast.lockin.gather import Gatherer
+from lockin_fast.lockin.measure_inputs import input_files, needs_of, open_measure_inputs
 from lockin_fast.lockin.metrics import Metric, metrics_of
-from lockin_fast.lockin.needs import Ratings
+from lockin_fast.lockin.needs import AtBase, AtPrevious, Gathered, Latents, Need, States
 from lockin_fast.lockin.record import Measurements, RepliesKept
 from lockin_fast.lockin.series_file import write_series
 from lockin_fast.lockin.summary import summarise_run
@@ -27,7 +25,20 @@ from lockin_fast.rundir import check_claim, check_place, claim, hash_files, writ
 LINES, SUMMARY, TABLE = "lockin.jsonl", "lockin.json", "lockin.parquet"
 FOLDER = "lockin"  # in the run, of what is kept meanwhile
 NEEDED_BYTES = 2**24
-MAY_GROW = ("measure.metrics", "checkpoints.*", "judge.*")
+# What was not there before may be; of what was there, only the list of metrics may become longer.
+MAY_GROW = (
+    "measure.metrics", "checkpoints.*", "judge.path*", "judge.kind*", "judge.rubric*", "judge.also*", "block.layer*",
+    "measure.pairs*", "measure.requests*", "measure.paraphrases*", "measure.steering.*", "sae*",
+)  # fmt: skip
+BASE = Checkpoint(0, None)
+
+
+class _Planned(NamedTuple):
+    """A checkpoint with the metrics that it lacks, and the one before it where one of these compares the two."""
+
+    now: Checkpoint
+    before: Checkpoint | None
+    names: list[str]
 
 
 def run_measure(config: Config, progress: Progress = silent) -> dict[str, Any]:
@@ -52,14 +63,14 @@ def run_measure(config: Config, progress: Progress = silent) -> dict[str, Any]:
         raise ConfigError(
             f"measure.thresholds.gate: expected one or more of {', '.join(TRIGGERS)}, got {', '.join(gate) or 'none'}"
         )
-    check_files(config, "model", "data.final")
+    files = input_files(config, needs_of(metrics))
     checkpoints = find_checkpoints(settings.checkpoints, settings.steps, base=settings.base)
     _check_scipy()
     check_place(run, NEEDED_BYTES)
-    entry = _entry(config, checkpoints, metrics)
+    entry = _entry(config, checkpoints, files)
     check_claim(run, "measure", entry, may_grow=MAY_GROW)
-    todo = _todo(Measurements(run / LINES), checkpoints, settings.metrics)
-    monitor = _Monitor(config, metrics, todo, progress) if todo else None
+    plan = _planned(Measurements(run / LINES), checkpoints, settings.metrics, metrics)
+    monitor = _Monitor(config, metrics, plan, progress) if plan else None
     with claim(run, "measure", entry, may_grow=MAY_GROW):
         if not (run / "config.yaml").exists():  # else it is that of a sweep
             write_text(run / "config.yaml", yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True))
@@ -81,90 +92,107 @@ def run_measure(config: Config, progress: Progress = silent) -> dict[str, Any]:
 
 
 class _Monitor:
-    """The base model and its prompts, opened and checked, and the checkpoints that are to be measured."""
+    """The base model and what gathers from it, opened and checked, and the checkpoints that are to be measured."""
 
-    def __init__(self, config: Config, metrics: Sequence[Metric], todo: Sequence[Checkpoint], progress: Progress):
-        self.config, self.metrics, self.todo, self.progress = config, metrics, todo, progress
-        rated = _needs_judge(metrics)
-        exam = open_exam(config, "final") if rated else None
-        records = exam.prompts["final"] if exam else read_prompts(config, "final")
-        wanted = min(config.measure.prompts or len(records), len(records))
-        self.records = [records[i * len(records) // wanted] for i in range(wanted)]
-        self.judge = exam and exam.judge
-        self.tokenizer, self.model = open_tokenizer(config), open_model(config)
-        for one in todo:
-            if one.folder:
-                check_adapter(self.model, one.folder)
+    def __init__(self, config: Config, metrics: Sequence[Metric], plan: Sequence[_Planned], progress: Progress):
+        self.metrics, self.plan, self.progress = metrics, plan, progress
+        self.inputs = open_measure_inputs(config, needs_of(metrics))
+        self.replies = config.output / FOLDER / "replies.jsonl"
+        self.states: dict[Checkpoint, Gathered] = {}  # of the base and of the checkpoint measured last
+        for folder in {one.folder for planned in plan for one in (planned.now, planned.before) if one and one.folder}:
+            check_adapter(self.inputs.model, folder)
 
     def measure(self, known: Measurements) -> None:
-        """Measure what is missing of every checkpoint, and write it line by line."""
-        config = self.config
-        gatherer = Gatherer(
-            self.tokenizer,
-            {"final": self.records},
-            self.judge,
-            RepliesKept(config.output / FOLDER / "replies.jsonl"),
-            config.generation,
-            config.measure.seed,
-            self.progress,
-        )
-        for done, one in enumerate(self.todo):
-            self.progress("checkpoints", done, len(self.todo))
+        """Measure what is planned, and write it line by line."""
+        self.kept = RepliesKept(self.replies)
+        for done, planned in enumerate(self.plan):
+            self.progress("checkpoints", done, len(self.plan))
             started = time.perf_counter()
-            names = known.missing(one.step, config.measure.metrics)
-            if not names:  # measured by another process, until the folder was free
-                continue
-            values, failed = self._values(gatherer, one, names)
-            details = {"failed": failed, "seconds": round(time.perf_counter() - started, 3)}
+            one, before = planned.now, planned.before
+            if one.folder and (weight := broken_weight(one.folder)):
+                why = f"adapter weight {weight} is not finite"
+                values, failed = dict.fromkeys(planned.names), dict.fromkeys(planned.names, why)
+            else:
+                values, failed = self._values(planned)
+            seconds = round(time.perf_counter() - started, 3)
+            details = {"failed": failed, "previous": before and before.step, "seconds": seconds}
             path = str(one.folder) if one.folder else "base"
             known.add([{"step": one.step, "checkpoint": path, "metrics": values, "details": details}])
-        self.progress("checkpoints", len(self.todo), len(self.todo))
+        self.progress("checkpoints", len(self.plan), len(self.plan))
 
-    def _values(
-        self, gatherer: Gatherer, one: Checkpoint, names: Sequence[str]
-    ) -> tuple[dict[str, float | None], dict[str, str]]:
+    def _values(self, planned: _Planned) -> tuple[dict[str, float | None], dict[str, str]]:
         """({metric: value}, {metric: why it has none}) of a checkpoint."""
-        if one.folder and (weight := broken_weight(one.folder)):
-            return dict.fromkeys(names), dict.fromkeys(names, f"adapter weight {weight} is not finite")
-        metrics = [metric for metric in self.metrics if set(metric.names) & set(names)]
+        metrics = [metric for metric in self.metrics if set(metric.names) & set(planned.names)]
         needs = {need for metric in metrics for need in metric.needs}
-        with adapter(self.model, one.folder) as model:
-            gathered = gatherer.gather(model.eval(), one.step, needs)
-        values: dict[str, float | None] = dict.fromkeys(names)
+        gathered: dict[Need, Any] = {Latents(): self.inputs.sae}
+        for wrap, other in ((AtBase, BASE), (AtPrevious, planned.before)):
+            if wanted := {need.need for need in needs if isinstance(need, wrap)}:
+                found = self._states(other, wanted) if other else {}
+                gathered |= {wrap(need): value for need, value in found.items()}
+        values: dict[str, float | None] = dict.fromkeys(planned.names)
         failed: dict[str, str] = {}
-        for metric in metrics:
-            wanted = [name for name in metric.names if name in values]
-            try:
-                found = metric.measure(gathered)
-            except ValueError as error:
-                failed |= dict.fromkeys(wanted, str(error))
-                continue
-            for name in wanted:
-                if math.isfinite(found[name]):
-                    values[name] = float(found[name])
-                else:
-                    failed[name] = f"it is {found[name]}"
+        with adapter(self.inputs.model, planned.now.folder) as model:
+            gathered |= self.inputs.gatherer.gather(model.eval(), planned.now.step, needs, self.kept, self.progress)
+            for metric in metrics:
+                wanted = [name for name in metric.names if name in values]
+                if any(need not in gathered for need in metric.needs):
+                    failed |= dict.fromkeys(wanted, "there is no checkpoint before it that could be measured")
+                    continue
+                try:
+                    found = metric.measure(gathered)
+                except ValueError as error:
+                    failed |= dict.fromkeys(wanted, str(error))
+                    continue
+                for name in wanted:
+                    if math.isfinite(found[name]):
+                        values[name] = float(found[name])
+                    else:
+                        failed[name] = "it is not defined here: what it divides by is zero"
+        self._keep_states(planned.now, gathered)
         return values, failed
 
+    def _states(self, one: Checkpoint, wanted: Collection[States]) -> Gathered:
+        """Hidden states of another checkpoint, read now where they are not at hand; none of one with broken weights."""
+        at_hand = self.states.get(one, {})
+        if not set(wanted) <= set(at_hand):
+            if one.folder and broken_weight(one.folder):
+                return {}
+            with adapter(self.inputs.model, one.folder) as model:
+                at_hand = self.inputs.gatherer.gather(model.eval(), one.step, wanted, self.kept)
+            self._keep_states(one, at_hand)
+        return {need: at_hand[need] for need in wanted}
 
-def _needs_judge(metrics: Sequence[Metric]) -> bool:
-    return any(isinstance(need, Ratings) for metric in metrics for need in metric.needs)
+    def _keep_states(self, one: Checkpoint, gathered: Gathered) -> None:
+        base = self.states.get(BASE, {})
+        now = {need: value for need, value in gathered.items() if isinstance(need, States)}
+        self.states = {BASE: base, one: now} if one != BASE else {BASE: base | now}
 
 
-def _todo(known: Measurements, checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> list[Checkpoint]:
-    return [one for one in checkpoints if known.missing(one.step, names)]
+def _planned(
+    known: Measurements, checkpoints: Sequence[Checkpoint], names: Sequence[str], metrics: Sequence[Metric]
+) -> list[_Planned]:
+    """What is still to be measured, in the order of steps."""
+    relative = [name for metric in metrics if metric.is_relative for name in metric.names]
+    found = []
+    for before, now in zip([None, *checkpoints], checkpoints, strict=False):
+        if missing := known.missing(now.step, before and before.step, names, relative):
+            needs_before = bool(set(missing) & set(relative))
+            found.append(_Planned(now, before if needs_before else None, missing))
+    return found
 
 
-def _entry(config: Config, checkpoints: Sequence[Checkpoint], metrics: Sequence[Metric]) -> dict[str, Any]:
-    """What makes this measurement another one; the judge's files count where it is asked."""
-    identity = config.identity("quantization", "generation", "judge")
-    measure = {f"measure.{name}": getattr(config.measure, name) for name in ("prompts", "seed")}
-    files = {"model": config.model, "data.final": config.data.final}
-    files |= judge_files(config.judge) if _needs_judge(metrics) else {}
-    files |= {f"checkpoints.{one.step}": one.folder for one in checkpoints if one.folder}
+def _entry(config: Config, checkpoints: Sequence[Checkpoint], files: Mapping[str, Path]) -> dict[str, Any]:
+    """What makes this measurement another one."""
+    identity = config.identity("quantization", "generation", "judge", "sae_format")
+    identity |= {f"measure.{name}": getattr(config.measure, name) for name in ("base", "prompts", "seed")}
+    suites = [suite if isinstance(suite, str) else suite.name for suite in config.measure.steering]
+    identity |= {"measure.metrics": sorted(config.measure.metrics), "measure.steering": suites}
+    own = [name for name in ("requests", "paraphrases") if getattr(config.measure, name)]
+    identity |= {"measure.own_files": own}
+    adapters = {f"checkpoints.{one.step}": one.folder for one in checkpoints if one.folder}
     return {
-        "config": identity | measure | {"measure.metrics": sorted(config.measure.metrics)},
-        "inputs": {name: hash_files(path) for name, path in files.items()},
+        "config": identity | {"block.layer": config.block.layer},
+        "inputs": {name: hash_files(path) for name, path in {**files, **adapters}.items()},
     }
 
 

@@ -51,7 +51,8 @@ class Measurements(AppendedLines):
     """The metrics of every checkpoint, known by its step.
 
     A line is {"step", "checkpoint", "metrics": {name: value}, "details"}; a value is null where the evaluation failed,
-    and details["failed"] then says why. More metrics of a step that is there already are a line of their own.
+    and details["failed"] then says why. details["previous"] is the step that relative metrics compare it with. More
+    metrics of a step that is there already are a line of their own.
     """
 
     WHAT, REMEDY = "a measured checkpoint", "measured again"
@@ -59,16 +60,27 @@ class Measurements(AppendedLines):
     def __init__(self, path: Path):
         self.metrics: dict[int, dict[str, float | None]] = {}
         self.failed: dict[int, dict[str, str]] = {}
+        self.previous: dict[int, dict[str, int | None]] = {}
         super().__init__(path)
 
-    def missing(self, step: int, names: Sequence[str]) -> list[str]:
-        """The names of metrics that are not known of this step."""
-        return [name for name in names if name not in self.metrics.get(step, {})]
+    def missing(self, step: int, previous: int | None, names: Sequence[str], relative: Sequence[str]) -> list[str]:
+        """The names of metrics that are not known of this step; of relative ones, not compared with this `previous`."""
+        known = self.metrics.get(step, {})
+        return [
+            name
+            for name in names
+            if name not in known or (name in relative and self.previous[step][name] != previous)
+        ]
 
     def series(self, steps: Sequence[int], name: str) -> list[float | None]:
         """The values of one metric over steps, all of which are there."""
         return [self.metrics[step][name] for step in steps]
 
     def _know(self, row: Mapping[str, Any]) -> None:
-        self.metrics.setdefault(row["step"], {}).update(row["metrics"])
-        self.failed.setdefault(row["step"], {}).update(row["details"]["failed"])
+        step, metrics, details = row["step"], row["metrics"], row["details"]
+        failed = self.failed.setdefault(step, {})
+        for name in metrics:
+            failed.pop(name, None)
+        failed.update(details["failed"])
+        self.metrics.setdefault(step, {}).update(metrics)
+        self.previous.setdefault(step, {}).update(dict.fromkeys(metrics, details["previous"]))

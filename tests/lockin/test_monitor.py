@@ -9,6 +9,7 @@ import signal
 import pytest
 import sweep_world
 import torch
+from run_of_checkpoints import STEPS
 from safetensors.torch import load_file, save_file
 
 from lockin_fast import cli
@@ -16,53 +17,15 @@ from lockin_fast.config import ConfigError, load_config
 from lockin_fast.exam import open_exam, question
 from lockin_fast.generation import generate
 from lockin_fast.inputs import open_model, open_tokenizer
-from lockin_fast.judges import Rating, average, is_refusal, rate
+from lockin_fast.judges import Rating, average, rate
 from lockin_fast.lockin.gather import Gatherer
 from lockin_fast.lockin.monitor import run_measure
-from lockin_fast.lora import LoraSettings, adapter, borrowed_with_lora, save_adapter
+from lockin_fast.lockin.refusal import rate_of, refusals
+from lockin_fast.lora import adapter
 from lockin_fast.rundir import RunError
 
 pytestmark = pytest.mark.usefixtures("vowel_judge", "one_thread")
-STEPS = (2, 5, 10)
-NAMES = ["em", "incoherence", "refusal", "refusal_rate"]
-
-
-def save_drawn(model, folder, seed, modules=("q_proj", "v_proj")):
-    """An adapter with random weights, as PEFT saves it."""
-    with borrowed_with_lora(model, LoraSettings(r=2, alpha=64, target_modules=modules), seed) as adapted:
-        torch.manual_seed(seed)
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter)
-        save_adapter(adapted, folder)
-
-
-@pytest.fixture(scope="module")
-def run_folder(world, tmp_path_factory):
-    """A folder of checkpoint-2, checkpoint-5, checkpoint-10."""
-    folder = tmp_path_factory.mktemp("run")
-    model = open_model(load_config(world))
-    for step in STEPS:
-        save_drawn(model, folder / f"checkpoint-{step}", step)
-    return folder
-
-
-@pytest.fixture
-def configured(world, run_folder, tmp_path):
-    """A configuration that measures `checkpoints`, with more settings, into tmp_path/out."""
-
-    def make(*overrides, checkpoints=(run_folder,)):
-        paths = json.dumps([str(path) for path in checkpoints])
-        settings = [f"measure.checkpoints={paths}", f"output={tmp_path / 'out'}", "generation.batch_size=4"]
-        return load_config(world, [*settings, *overrides])
-
-    return make
-
-
-@pytest.fixture
-def copied(run_folder, tmp_path):
-    """A copy of the checkpoints that a test may damage."""
-    return shutil.copytree(run_folder, tmp_path / "copy")
+NAMES = ["em", "incoherence", "refusal", "refusal_rate"]  # the default
 
 
 def lines(config):
@@ -86,7 +49,7 @@ def alone(world, run_folder):
                 for record in records
             ]
         mean = average(rate(exam.judge, records, replies))
-        refused = sum(map(is_refusal, replies)) / len(replies)
+        refused = rate_of(refusals(replies)).value
         found[step] = dict(zip(NAMES, [mean.misaligned, mean.incoherent, mean.refused, refused], strict=True))
     return found
 
@@ -117,7 +80,8 @@ def test_what_is_known_is_not_measured_again(configured, monkeypatch):
     config = configured()
     first = run_measure(config)
     before = lines(config)
-    monkeypatch.setattr("lockin_fast.lockin.monitor.open_model", lambda config: pytest.fail("the model was loaded"))
+    opened = "lockin_fast.lockin.monitor.open_measure_inputs"
+    monkeypatch.setattr(opened, lambda *given: pytest.fail("the model was loaded"))
     assert run_measure(config) == first and lines(config) == before
 
 
@@ -147,7 +111,9 @@ def killed_at(world, overrides, stage, step):
     run_measure(load_config(world, overrides), progress)
 
 
-@pytest.mark.parametrize(("stage", "step"), [("step 5: replies", 1), ("step 5: ratings", 4), ("checkpoints", 2)])
+@pytest.mark.parametrize(
+    ("stage", "step"), [("step 5: replies to final", 1), ("step 5: ratings", 4), ("checkpoints", 2)]
+)
 def test_a_kill_costs_a_batch(world, configured, tmp_path, stage, step):
     config = configured()
     whole = run_measure(config)
@@ -162,11 +128,11 @@ def test_a_kill_costs_a_batch(world, configured, tmp_path, stage, step):
     with open(config.output / "lockin.jsonl", "a") as file:
         file.write('{"step": 5, "chec')  # as a kill in the middle of a write leaves it
     made = []
-    generated = Gatherer.gather
+    gather = Gatherer.gather
 
-    def counted(self, model, step, needs):
+    def counted(self, model, step, *given):
         made.append(step)
-        return generated(self, model, step, needs)
+        return gather(self, model, step, *given)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Gatherer, "gather", counted)
@@ -265,6 +231,8 @@ def test_the_folder_of_another_measurement_is_refused(configured, copied):
     run_measure(configured("measure.metrics=[em]", checkpoints=[copied]))
     with pytest.raises(RunError, match="measure.prompts was None, now it is 3"):
         run_measure(configured("measure.metrics=[em]", "measure.prompts=3", checkpoints=[copied]))
+    with pytest.raises(RunError, match="measure.base was True, now it is False"):  # step 0 might then be an adapter
+        run_measure(configured("measure.metrics=[em]", "measure.base=false", checkpoints=[copied]))
     shutil.rmtree(copied / "checkpoint-5")
     shutil.copytree(copied / "checkpoint-2", copied / "checkpoint-5")
     with pytest.raises(RunError, match="checkpoints.5 differs"):
