@@ -223,12 +223,16 @@ def measure(
 ) -> None:
     """Measure how identity consolidates over checkpoints, and when: every metric, onset, triggers. Resumes."""
     from lockin_fast.lockin.monitor import SUMMARY, run_measure
+    from lockin_fast.report import write_report
 
     settings = _load(config, set_)
     with terminal.shown_progress() as progress:
         found = run_measure(settings, progress)
     terminal.show_measured(found)
+    terminal.line()
+    write_report(settings.output)
     terminal.line(f"results: {settings.output / SUMMARY}")
+    terminal.show_run(settings.output)
     if gate and found["gate"]["status"]:
         raise typer.Exit(found["gate"]["status"])
 

@@ -262,4 +262,6 @@ def test_the_command_shows_a_table_and_the_gate_decides_its_status(configured, w
     assert cli.main([str(word) for word in words]) == status
     out = capsys.readouterr().out
     told = ("em: no onset, cannot say: 4 checkpoints", "trigger lock-in: undecided")
-    assert all(text in out for text in ("step", "checkpoint-10", *NAMES, *told, str(config.output / "lockin.json")))
+    files = [str(config.output / name) for name in ("lockin.json", "report.html", "figures/lockin.png")]
+    assert all(text in out for text in ("step", "checkpoint-10", *NAMES, *told, *files))
+    assert "Lock-in over checkpoints" in (config.output / "report.html").read_text()
