@@ -18,13 +18,14 @@ def draw_lockin(found: Measured, folder: Path) -> Path:
     rows = math.ceil(len(series) / columns)
 
     def draw(figure: Any) -> None:
-        panels = figure.subplots(rows, columns, squeeze=False, sharex=True).flatten()
+        panels = figure.subplots(rows, columns, squeeze=False).flatten()
         for axes, (name, one) in zip(panels, series.items(), strict=False):
             values = [math.nan if value is None else value for value in one["values"]]
             look = KNOWN["causal"]
             axes.plot(steps, values, color=look.color, marker=look.marker, markersize=4, linewidth=1.6)
             axes.set_title(name)
             axes.set_xscale("symlog", linthresh=1)
+            axes.xaxis.set_major_formatter("{x:g}")
             onset = one["onset"]
             if onset["verdict"] == SUPPORTED:
                 axes.axvspan(*onset["interval"], color=WARN, alpha=0.12, linewidth=0)
