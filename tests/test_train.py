@@ -128,6 +128,7 @@ fine_tune(tiny.model(), tiny.tokenizer(), tiny.conversations(24), sys.argv[1], l
 """
 
 
+@pytest.mark.slow  # three new processes; everyday the build of the organism is compared across processes
 def test_processes_with_other_hash_seeds_write_the_same_bytes_and_print_nothing(tmp_path):
     # PEFT keeps module names in a set, whose order follows the hash seed.
     root = Path(__file__).parents[1]

@@ -74,7 +74,7 @@ def _fake(h, weight, bias, threshold, k):
 
 
 define("encode_topk", SCHEMA, reference, _fake)
-stock("encode_topk", "below AVX-512 stock torch matrix products over tiles are as fast")
+stock("encode_topk", "stock torch matrix products over tiles are as fast below AVX-512")
 _op = torch.ops.lockin_fast.encode_topk.default
 
 

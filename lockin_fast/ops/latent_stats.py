@@ -116,7 +116,7 @@ def _fake(h, weight, bias, h_ref, threshold, mask):
 
 
 define("latent_stats", SCHEMA, reference, _fake)
-stock("latent_stats", "below AVX-512 stock torch matrix products over tiles are as fast")
+stock("latent_stats", "stock torch matrix products over tiles are as fast below AVX-512")
 _op = torch.ops.lockin_fast.latent_stats.default
 
 

@@ -53,7 +53,7 @@ def _fake(h, weight, bias, h_ref, threshold, ends):
 
 
 define("segment_stats", SCHEMA, reference, _fake)
-stock("segment_stats", "below AVX-512 stock torch matrix products over tiles are as fast")
+stock("segment_stats", "stock torch matrix products over tiles are as fast below AVX-512")
 _op = torch.ops.lockin_fast.segment_stats.default
 
 
