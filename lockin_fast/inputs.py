@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from lockin_fast.cache.collate import check_rows
 from lockin_fast.chat import ChatDataset
 from lockin_fast.config import Config, ConfigError, naming
 from lockin_fast.judges import judge_files
-from lockin_fast.lora import adapted_modules, check_lora
+from lockin_fast.lora import adapted_modules, adapter, check_lora
 from lockin_fast.quantized import keep_trainable, load_model
 from lockin_fast.rundir import hash_files
 from lockin_fast.sae import SparseAutoencoder, load_sae
@@ -192,6 +193,16 @@ def sae_for(config: Config, path: HubPath | Path, layer: int) -> SparseAutoencod
         raise ValueError(f"layer {layer}: expected 0 to {shape.num_hidden_layers - 1}, counted from 0")
     _check_width(path, read_sae(config, [0], path), shape)
     return read_sae(config, path=path)
+
+
+def check_adapter(key: str, model: Any, folder: Path) -> None:
+    """Raise ConfigError, one line that names the setting `key`, unless the PEFT adapter can be put on the model."""
+    try:
+        with adapter(model, folder):
+            pass
+    except Exception as error:  # PEFT's readers raise whatever they like, a line for every weight
+        reason = shorten(str(error), 240)
+        raise ConfigError(f"{key}: {folder} does not fit the model: {reason}") from error
 
 
 def adapter_bytes(inputs: Inputs) -> int:

@@ -1,8 +1,6 @@
-#include "../cpu/latent_stats.h"
-
 #include <tuple>
 
-#include "wide.h"
+#include "latent_sums.h"
 
 namespace lockin_fast {
 namespace {
@@ -15,15 +13,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> latent_stats(const Tensor& h,
   const int64_t latents = weight.size(0);
   Tensor sum = zeros(latents, ScalarType::Double), sum_squares = zeros(latents, ScalarType::Double);
   Tensor count = zeros(latents, ScalarType::Long), count_ref = zeros(h_ref ? latents : 0, ScalarType::Long);
-  const LatentStatsArgs args{wide.args, static_cast<double*>(sum.mutable_data_ptr()),
-                             static_cast<double*>(sum_squares.mutable_data_ptr()),
-                             static_cast<int64_t*>(count.mutable_data_ptr()),
-                             static_cast<int64_t*>(count_ref.mutable_data_ptr())};
-  static const auto kernel = LOCKIN_FAST_CHOOSE(latent_stats);
-  torch::stable::parallel_for(0, wide_units(latents), 1, [&](int64_t first, int64_t last) {
-    const Room packed(wide.lot_bytes);
-    kernel(args, first * kWideUnit, std::min(last * kWideUnit, latents), packed.data);
-  });
+  add_latent_sums(wide, latents, sum, sum_squares, count, count_ref);
   const bool* kept = wide.args.mask;
   Tensor total = torch::stable::empty({}, ScalarType::Long);
   *static_cast<int64_t*>(total.mutable_data_ptr()) = kept ? std::count(kept, kept + h.size(0), true) : h.size(0);

@@ -1,8 +1,6 @@
-#include "../cpu/latent_stats.h"
-
 #include <tuple>
 
-#include "wide.h"
+#include "latent_sums.h"
 
 namespace lockin_fast {
 namespace {
@@ -27,15 +25,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> segment_stats(const Tensor& h, const 
   torch::stable::zero_(sums);
   Tensor sum_squares = zeros(latents, ScalarType::Double), count = zeros(latents, ScalarType::Long);
   Tensor count_ref = zeros(h_ref ? latents : 0, ScalarType::Long);
-  const LatentStatsArgs args{wide.args, static_cast<double*>(sums.mutable_data_ptr()),
-                             static_cast<double*>(sum_squares.mutable_data_ptr()),
-                             static_cast<int64_t*>(count.mutable_data_ptr()),
-                             static_cast<int64_t*>(count_ref.mutable_data_ptr())};
-  static const auto kernel = LOCKIN_FAST_CHOOSE(latent_stats);
-  torch::stable::parallel_for(0, wide_units(latents), 1, [&](int64_t first, int64_t last) {
-    const Room packed(wide.lot_bytes);
-    kernel(args, first * kWideUnit, std::min(last * kWideUnit, latents), packed.data);
-  });
+  add_latent_sums(wide, latents, sums, sum_squares, count, count_ref);
   return {sums, sum_squares, count, count_ref};
 }
 

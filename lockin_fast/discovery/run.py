@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 from lockin_fast import processes
@@ -15,7 +14,7 @@ from lockin_fast.discovery.shift_table import check_parquet
 from lockin_fast.discovery.stage1 import TABLE as TABLE_OF_SHIFT
 from lockin_fast.discovery.stage1 import open_more_saes, stage_1_entry
 from lockin_fast.exam import Exam, open_exam
-from lockin_fast.inputs import Inputs, check_files, open_inputs, open_sae, sae_path
+from lockin_fast.inputs import Inputs, check_adapter, check_files, open_inputs, open_sae, sae_path
 from lockin_fast.judges import judge_files
 from lockin_fast.lora import adapter
 from lockin_fast.progress import Progress, silent
@@ -87,7 +86,7 @@ def discover(config: Config, progress: Progress = silent) -> dict[str, Path]:
             f"sae: it normalises every token ({sae.normalization}), which joint repair cannot undo; give another SAE"
         )
     inputs = open_inputs(config, {})
-    _check_adapter(inputs.model, settings.misaligned)
+    check_adapter("discovery.misaligned", inputs.model, settings.misaligned)
 
     with claim(run, "shift", first):
         pass
@@ -110,7 +109,7 @@ def _stage_1_alone(config: Config, entry: dict[str, Any], progress: Progress) ->
     check_parquet()
     exam, sae, more_saes = open_exam(config, "core"), open_sae(config), open_more_saes(config)
     inputs, misaligned = open_inputs(config, {}), config.discovery.misaligned
-    _check_adapter(inputs.model, misaligned)
+    check_adapter("discovery.misaligned", inputs.model, misaligned)
     processes.meet()
     with claim(config.output, "shift", entry) if processes.is_first() else nullcontext():
         processes.wait_for_all()  # for the manifest, which only the first writes
@@ -147,13 +146,3 @@ def _finished(run: Path, stage_3: dict[str, Any]) -> dict[str, Path] | None:
     files = {name: _file(run, name) for name in found["sets"]}
     asked = stage_3["discovery.calibration"] == "none" or found["stage_3"] == stage_3
     return files if asked and all(path.is_file() for path in files.values()) else None
-
-
-def _check_adapter(model: Any, folder: Path) -> None:
-    """Raise ConfigError, one line, unless the adapter can be put on the model."""
-    try:
-        with adapter(model, folder):
-            pass
-    except Exception as error:  # PEFT's readers raise whatever they like, a line for every weight
-        reason = shorten(str(error), 240)
-        raise ConfigError(f"discovery.misaligned: {folder} does not fit the model: {reason}") from error

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 from torch import nn
@@ -12,9 +11,8 @@ from lockin_fast.blocking import LatentSet
 from lockin_fast.blocking.layers import hidden_size
 from lockin_fast.config import Config, ConfigError, naming
 from lockin_fast.exam import open_exam, question
-from lockin_fast.inputs import check_files, open_model, open_tokenizer, read_sae, sae_path
+from lockin_fast.inputs import check_adapter, check_files, open_model, open_tokenizer, read_sae, sae_path
 from lockin_fast.judges import judge_files
-from lockin_fast.lora import adapter
 from lockin_fast.patching.components import check_component, head_count
 from lockin_fast.patching.decoding import check_decoding
 from lockin_fast.patching.forward import Runner
@@ -103,13 +101,7 @@ def _check_model(config: Config, model: nn.Module) -> int:
     if settings.source != "live":
         with naming("patch.source"):
             cut(hidden_size(model))
-    folder = misaligned_adapter(config)
-    try:
-        with adapter(model, folder):
-            pass
-    except Exception as error:  # PEFT's readers raise whatever they like, a line for every weight
-        reason = shorten(str(error), 240)
-        raise ConfigError(f"patch.misaligned: {folder} does not fit the model: {reason}") from error
+    check_adapter("patch.misaligned", model, misaligned_adapter(config))
     return count
 
 
