@@ -56,6 +56,10 @@ WIDE = [
         "csrc/ops_cpu/latent_stats.cpp",
         "ops/test_latent_stats",
         ("kept ? std::count(kept, kept + h.size(0), true) : h.size(0)", "h.size(0)"),
+    ),
+    *faults(
+        "csrc/ops_cpu/latent_sums.h",
+        "ops/test_latent_stats",
         ("std::min(last * kWideUnit, latents)", "std::min(last * kWideUnit - 1, latents)"),
     ),
     *faults(
